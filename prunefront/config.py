@@ -1,0 +1,251 @@
+"""PruneConfig: which method reduces tokens, at which blocks and by how much, for which model.
+
+The document users download, edit and train with. It holds no torch object and is checked on construction; what a
+config means for a model (integers per block) is worked out by `prunefront.schedule`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prunefront.errors import ConfigError
+from prunefront.files import write_atomic
+
+CONFIG_FORMAT = "prunefront/config/1"
+
+Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class StrictModel(BaseModel):
+    """Base of every document: unknown fields are refused, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(StrictModel):
+    """A model as ``timm.create_model(name, **kwargs)`` builds it."""
+
+    name: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="Pixels, one side or [height, width]; null is the model's own."
+    )
+    in_chans: PositiveInt = 3
+    num_classes: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Null is the model's own.")
+
+    @field_validator("img_size", mode="after")
+    @classmethod
+    def _square_is_one_number(cls, value: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        # [224, 224] and 224 are the same model and have to hash alike.
+        if isinstance(value, tuple) and value[0] == value[1]:
+            return value[0]
+        return value
+
+
+class Weights(StrictModel):
+    """Where the weights of the accuracy in ``results`` came from."""
+
+    source: str = Field(description='"timm", a registered checkpoint id, or a file name.')
+    sha256: str | None = None
+
+
+class Site(StrictModel):
+    """One reduction: a block, an operation, and exactly one amount.
+
+    Amounts count chosen tokens; the extra token of ``fuse`` is not among them.
+    """
+
+    block: Annotated[int, Field(ge=0)] = Field(description="0-based transformer block.")
+    op: str
+    keep_ratio: Ratio | None = Field(default=None, description="Share of the non-prefix tokens present that stay.")
+    cumulative_keep_ratio: Ratio | None = Field(default=None, description="Share of the initial patches that stay.")
+    tokens: PositiveInt | None = Field(default=None, description="Non-prefix tokens left.")
+    remove: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Tokens removed.")
+
+    @model_validator(mode="after")
+    def _has_one_amount(self) -> Site:
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a site needs exactly one of {', '.join(AMOUNTS)}, but got {', '.join(given) or 'none'} "
+                f"at block {self.block}; keep one of them"
+            )
+        return self
+
+
+AMOUNTS = ("keep_ratio", "cumulative_keep_ratio", "tokens", "remove")
+
+
+class EvalInfo(StrictModel):
+    """How an accuracy was measured."""
+
+    dataset: str
+    split: str
+    num_images: PositiveInt
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    dtype: str = "fp32"
+
+
+class LatencyInfo(StrictModel):
+    """One latency per forward pass of ``batch_size`` images, measured and predicted kept apart."""
+
+    device: str
+    runtime: str
+    dtype: str
+    batch_size: PositiveInt
+    measured_ms: float | None = None
+    iqr_ms: float | None = None
+    predicted_ms: float | None = None
+
+
+class Results(StrictModel):
+    """What is known about a config. Never part of its identity."""
+
+    macs: float | None = Field(default=None, description="Multiply-accumulates per image.")
+    top1: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="On the test split, 0-1.")
+    top5: Annotated[float, Field(ge=0, le=1)] | None = None
+    eval: EvalInfo | None = None
+    latency: tuple[LatencyInfo, ...] = ()
+    job: str | None = None
+    trial: int | None = None
+
+
+class PruneConfig(StrictModel):
+    """A token-reduction schedule for one model (``prunefront/config/1``)."""
+
+    format: Literal["prunefront/config/1"] = CONFIG_FORMAT
+    model: ModelSpec
+    weights: Weights | None = None
+    method: str
+    sites: tuple[Site, ...] = ()
+    options: dict[str, Any] = Field(default_factory=dict)
+    results: Results | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_method(cls, data: Any) -> Any:
+        """Options become complete and typed by the method's own model; sites are put in block order."""
+        from prunefront.registry import get_method
+
+        if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+            return data
+        method = get_method(data["method"])
+        data = dict(data)
+        data["options"] = method.parse_options(data.get("options") or {})
+        sites = data.get("sites") or ()
+        if isinstance(sites, list | tuple):
+            parsed = [site if isinstance(site, Site) else Site.model_validate(site) for site in sites]
+            # Execution order is the list's within a block and the blocks' between them.
+            data["sites"] = tuple(sorted(parsed, key=lambda site: site.block))
+            method.check_sites(data["sites"])
+        return data
+
+    def content_hash(self) -> str:
+        """Hash of what the config does: model, method, options and effective integers; never ``results``.
+
+        Sites that remove nothing are left out where they do nothing, so configs that spell one schedule differently
+        are one candidate. Needs torch and timm to know the model's token counts.
+        """
+        from prunefront.schedule import content_hash
+
+        return content_hash(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without the fields that are unset inside sites, model and results."""
+        document = self.model_dump(mode="json")
+        document["sites"] = [{k: v for k, v in site.items() if v is not None} for site in document["sites"]]
+        if document["results"] is None:
+            del document["results"]
+        if document["weights"] is None:
+            del document["weights"]
+        return document
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write JSON, or YAML when the name ends in ``.yaml`` or ``.yml``; all or nothing."""
+        text = self.to_yaml() if Path(path).suffix in (".yaml", ".yml") else self.to_json()
+        return write_atomic(path, text)
+
+    def evolve(self, **changes: Any) -> PruneConfig:
+        """A checked copy with some fields replaced."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **changes})
+
+
+ConfigSource = PruneConfig | Mapping[str, Any] | str | os.PathLike[str] | IO[str] | IO[bytes]
+
+
+def load_config(source: ConfigSource) -> PruneConfig:
+    """Read a PruneConfig from a path (JSON or YAML), a dict, an open file, or another config.
+
+    Raises:
+        ConfigError: If the document is not readable or not a valid config; the text names field and reason.
+    """
+    if isinstance(source, PruneConfig):
+        return source
+    name = "config"
+    if isinstance(source, Mapping):
+        document: Any = dict(source)
+    else:
+        if isinstance(source, str | os.PathLike):
+            name = os.fspath(source)
+            try:
+                text: str | bytes = Path(source).read_bytes()
+            except OSError as error:
+                raise ConfigError(f"Cannot read config {name}: {error.strerror}. Check the path.") from error
+        else:
+            name = str(getattr(source, "name", name))
+            text = source.read()
+        document = _parse(text, name)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{name} should hold one config (a mapping), but holds a {type(document).__name__}.")
+    if "format" not in document:
+        raise ConfigError(f'{name} has no "format" field; a config starts with "format": "{CONFIG_FORMAT}".')
+    if document["format"] != CONFIG_FORMAT:
+        raise ConfigError(
+            f"{name} has format {document['format']!r}, but this version of prunefront reads {CONFIG_FORMAT!r}; "
+            "pass a config, or upgrade prunefront if it is newer."
+        )
+    try:
+        return PruneConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {describe_validation_error(error)}") from error
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """One sentence per problem, each with the place where it stands."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        got = "" if item["type"] in ("value_error", "missing", "extra_forbidden") else f" (got {item['input']!r})"
+        parts.append(f"{where}: {message}{got}" if where else f"{message}{got}")
+    return "; ".join(parts)
+
+
+def _parse(text: str | bytes, name: str) -> Any:
+    try:
+        # JSON is YAML, but YAML reads 3e9 as text; so JSON is tried first.
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is neither JSON nor YAML: {' '.join(str(error).split())}.") from error

@@ -1,0 +1,57 @@
+"""Writing files so that a crash or a full disk never leaves half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from prunefront.errors import FileWriteError
+
+
+def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:
+    """Write ``data`` to ``path`` in one step: readers see the old file or the new one, never a part.
+
+    Args:
+        path: Target; its folder is created when missing.
+        data: Text (written as UTF-8) or bytes.
+
+    Returns:
+        The path written.
+
+    Raises:
+        FileWriteError: If the folder or file cannot be written (disk full, no permission); the old file is intact.
+    """
+    target = Path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    temporary: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp gives 0600; a result is to be read by whoever may read its folder.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise FileWriteError(
+            error.errno,
+            f"Could not write {target}: {error.strerror or error}. Free some space or choose another folder; "
+            "the file that stood there before is unchanged",
+        ) from error
+    return target
+
+
+def write_json_atomic(path: str | os.PathLike[str], document: Any) -> Path:
+    """Write ``document`` as indented JSON with `write_atomic`; NaN and infinity are refused."""
+    return write_atomic(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
