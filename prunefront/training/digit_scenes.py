@@ -11,7 +11,7 @@ any order, process, thread count and NumPy version, and a resumed training run s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -80,7 +80,8 @@ def source_indices(split: DigitSplitName) -> NDArray[np.int64]:
         split: ``train``, ``search`` or ``test``.
 
     Returns:
-        Sorted indices into scikit-learn's ``load_digits``.
+        Indices into scikit-learn's ``load_digits``, in an order of which every prefix is stratified by class too: the
+        first images of a split are a fair sample of it.
     """
     _, labels = _source_digits()
     keys = np.random.Philox(key=0).random_raw(len(labels))
@@ -91,12 +92,8 @@ def source_indices(split: DigitSplitName) -> NDArray[np.int64]:
         rank[members[np.argsort(keys[members])]] = (np.arange(len(members)) + 0.5) / len(members)
     order = np.lexsort((keys, rank))
     num_train, num_search = SOURCE_DIGITS["train"], SOURCE_DIGITS["search"]
-    parts = {
-        "train": order[:num_train],
-        "search": order[num_train : num_train + num_search],
-        "test": order[num_train + num_search :],
-    }
-    chosen = np.sort(parts[split]).astype(np.int64)
+    starts = {"train": 0, "search": num_train, "test": num_train + num_search}
+    chosen = order[starts[split] : starts[split] + SOURCE_DIGITS[split]].astype(np.int64)
     chosen.setflags(write=False)
     return chosen
 
@@ -129,17 +126,15 @@ def render_scenes(split: DigitSplitName, indices: Sequence[int] | NDArray[np.int
         )
     _, labels = _source_digits()
     sources = source_indices(split)
-    clusters = sources[index_array % len(sources)]
     images = np.empty((len(index_array), CANVAS_PX, CANVAS_PX, 3), dtype=np.uint8)
     for start in range(0, len(index_array), _CHUNK):
         part = slice(start, start + _CHUNK)
-        images[part] = _render_chunk(split, index_array[part], clusters[part], epoch)
+        images[part] = _render_chunk(split, index_array[part], epoch if split == "train" else 0)
+    clusters = sources[index_array % len(sources)]
     return Scenes(images=images, labels=labels[clusters], clusters=clusters)
 
 
-def _render_chunk(
-    split: DigitSplitName, indices: NDArray[np.int64], clusters: NDArray[np.int64], epoch: int
-) -> NDArray[np.uint8]:
+def _render_chunk(split: DigitSplitName, indices: NDArray[np.int64], epoch: int) -> NDArray[np.uint8]:
     ink, _ = _source_digits()
     sources = source_indices(split)
     words = np.stack(
@@ -158,10 +153,10 @@ def _render_chunk(
     free_px = CANVAS_PX - DIGIT_PX
     offset_x, offset_y = free_px * next(draw), free_px * next(draw)
     half = np.float32(DIGIT_PX / 2 - 0.5)
-    digit = _paint(ink[clusters], offset_x + half, offset_y + half, _SOURCE_PX / DIGIT_PX, _warp(draw))
+    place = indices % len(sources)
+    digit = _paint(ink[sources[place]], offset_x + half, offset_y + half, _SOURCE_PX / DIGIT_PX, _warp(draw))
 
     # The fragment comes from another digit of the split: step from this one by 1..len-1 places.
-    place = np.searchsorted(sources, clusters)
     step = 1 + (next(draw) * (len(sources) - 1)).astype(np.int64)
     window_x, window_y = (1 + (next(draw) * 3).astype(np.int64) for _ in range(2))
     fragment = _window(ink[sources[(place + step) % len(sources)]], window_x, window_y)
@@ -172,13 +167,13 @@ def _render_chunk(
     background = 20 + 70 * np.stack([next(draw) for _ in range(3)], axis=-1)
     foreground = 150 + 105 * np.stack([next(draw) for _ in range(3)], axis=-1)
     picture = background[:, None, None] + cover * (foreground - background)[:, None, None]
-    picture += noise * np.float32(40 / 255) - np.float32(20)
+    picture += noise.astype(np.float32) * np.float32(40 / 255) - np.float32(20)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def _warp(draw: object) -> NDArray[np.float32]:
+def _warp(draw: Iterator[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Draw 2 x 2 matrices near the identity, shape (N, 2, 2)."""
-    entries = np.stack([next(draw) for _ in range(4)], axis=-1)  # type: ignore[call-overload]
+    entries = np.stack([next(draw) for _ in range(4)], axis=-1)
     return (np.eye(2, dtype=np.float32).reshape(4) + np.float32(_WARP) * (2 * entries - 1)).reshape(-1, 2, 2)
 
 
