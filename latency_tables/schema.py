@@ -1,0 +1,209 @@
+"""LatencyTable (``prunefront/latency-table/1``): what was timed on one device, and how far it can be trusted.
+
+One table serves every schedule of every model made of the same kind of block, on one device, runtime, dtype and
+batch size. `build` and `csv_import` write tables, `predict` and `validate` read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from latency_tables.device import DeviceInfo, describe_device
+from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from prunefront.config import ModelSpec, PruneConfig, StrictModel, describe_validation_error
+from prunefront.files import write_json_atomic
+
+__all__ = [
+    "Correction", "DeviceInfo", "Dtype", "LatencyEntry", "LatencyTable", "LatencyTableError",
+    "MeasurementStoppedError", "Runtime", "ValidationPoint", "ValidationReport", "describe_device", "load_table",
+    "parse_table", "save_table",
+]  # fmt: skip
+
+TABLE_FORMAT = "prunefront/latency-table/1"
+
+Runtime = Literal["eager", "compile", "cudagraph", "onnxruntime", "tensorrt"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Tokens = Annotated[int, Field(ge=0)]
+
+
+class LatencyEntry(StrictModel):
+    """One thing that was run, at one token count. Counts include prefix tokens."""
+
+    entry: Annotated[str, Field(min_length=1)] = Field(
+        description="stem, head, attention, mlp, another half's name, or block.OP: a whole block that reduces by OP."
+    )
+    tokens_in: Tokens
+    tokens_out: Tokens
+    median_ms: Milliseconds
+    iqr_ms: Milliseconds = Field(default=0.0, description="Interquartile range of the samples.")
+    samples: Annotated[int, Field(ge=1)] = 1
+    p10_ms: Milliseconds | None = None
+    p90_ms: Milliseconds | None = None
+    peak_memory_mib: Annotated[float, Field(ge=0)] | None = None
+    state: Literal["ok", "noisy"] = "ok"
+    reason: str | None = Field(default=None, description="Why an entry is noisy.")
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.entry, self.tokens_in, self.tokens_out
+
+
+class Correction(StrictModel):
+    """What whole models cost beyond the sum of their parts, fitted on a few of them.
+
+    latency = intercept + Σ over parts of factor · (sum of that part's entries); a part without a factor has 1.
+    """
+
+    intercept_ms: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    factors: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    num_models: Annotated[int, Field(ge=0)] = Field(default=0, description="Whole models the fit saw.")
+    mape_before: float | None = Field(default=None, description="Mean absolute error on them of the plain sum, 0-1.")
+    mape_after: float | None = Field(default=None, description="The same after the fit, 0-1; not held out.")
+
+
+class ValidationPoint(StrictModel):
+    """One held-out whole model: predicted and measured latency of its schedule."""
+
+    config: PruneConfig
+    predicted_ms: Milliseconds
+    measured_ms: Milliseconds
+    iqr_ms: Milliseconds
+    state: Literal["ok", "noisy"] = "ok"
+
+    @property
+    def relative_error(self) -> float:
+        """Positive where the prediction is too high."""
+        return self.predicted_ms / self.measured_ms - 1.0
+
+
+class ValidationReport(StrictModel):
+    """Error of a table on whole models that no part of it has seen. Shares and errors are 0-1."""
+
+    num_schedules: Annotated[int, Field(ge=1)]
+    seed: int
+    mape: float = Field(description="Mean absolute relative error.")
+    bias: float = Field(description="Mean signed relative error; positive where predictions are too high.")
+    within_5_percent: float
+    within_10_percent: float
+    kendall_tau: float | None = Field(description="Agreement in rank; null when fewer than two schedules differ.")
+    dense_ms: Milliseconds = Field(description="Median of the dense model in the same run.")
+    dense_predicted_ms: Milliseconds
+    noise: float = Field(description="Median over the schedules of IQR over median: what re-measuring would move.")
+    num_noisy: int = Field(description="Schedules still noisy after three attempts; they count in all figures.")
+    device: DeviceInfo
+    created_at: datetime
+    points: tuple[ValidationPoint, ...]
+
+
+class LatencyTable(StrictModel):
+    """Latency of the parts of a ViT by token count, on one device, runtime, dtype and batch size."""
+
+    format: Literal["prunefront/latency-table/1"] = TABLE_FORMAT
+    name: Annotated[str, Field(min_length=1)]
+    device: DeviceInfo
+    runtime: Runtime
+    dtype: Dtype
+    batch_size: Annotated[int, Field(ge=1)]
+    block_key: str = Field(description="prunefront.geometry.block_key of the models that the table serves.")
+    model: ModelSpec = Field(description="The model whose blocks were measured.")
+    source: Literal["measured", "imported"] = "measured"
+    created_at: datetime
+    build_s: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Seconds the build took.")
+    dense_ms: Milliseconds | None = Field(default=None, description="The dense model beside the entries (canary).")
+    entries: Annotated[tuple[LatencyEntry, ...], Field(min_length=1)]
+    correction: Correction = Correction()
+    validation: ValidationReport | None = None
+
+    @model_validator(mode="after")
+    def _entries_are_unique(self) -> LatencyTable:
+        seen: set[tuple[str, int, int]] = set()
+        for entry in self.entries:
+            if entry.key in seen:
+                raise ValueError(
+                    f"entry {entry.entry!r} at {entry.tokens_in} -> {entry.tokens_out} tokens stands twice; keep one"
+                )
+            seen.add(entry.key)
+        return self
+
+    @cached_property
+    def entries_by_name(self) -> dict[str, tuple[LatencyEntry, ...]]:
+        """Entries of each name, by tokens in, then out."""
+        groups: dict[str, list[LatencyEntry]] = {}
+        for entry in self.entries:
+            groups.setdefault(entry.entry, []).append(entry)
+        return {name: tuple(sorted(group, key=lambda e: e.key)) for name, group in groups.items()}
+
+    @property
+    def noisy_entries(self) -> tuple[LatencyEntry, ...]:
+        return tuple(entry for entry in self.entries if entry.state == "noisy")
+
+    def evolve(self, **changes: Any) -> LatencyTable:
+        """A checked copy with some fields replaced."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **changes})
+
+
+def load_table(source: str | os.PathLike[str] | Mapping[str, Any] | IO[str] | IO[bytes]) -> LatencyTable:
+    """Read a table from a path, a dict or an open file.
+
+    Raises:
+        LatencyTableError: If it cannot be read, is not JSON, or is not a table; the sentence says which.
+    """
+    if isinstance(source, Mapping):
+        return parse_table(source, "latency table")
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        try:
+            text: str | bytes = Path(source).read_bytes()
+        except OSError as error:
+            raise LatencyTableError(f"Cannot read latency table {name}: {error.strerror}. Check the path.") from error
+    else:
+        name = str(getattr(source, "name", "latency table"))
+        text = source.read()
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise LatencyTableError(
+            f"{name} is not JSON ({error}); the file may be cut off or damaged. Copy it again, or rebuild the table."
+        ) from error
+    return parse_table(document, name)
+
+
+def parse_table(document: Any, name: str = "latency table") -> LatencyTable:
+    """Check a decoded document.
+
+    Raises:
+        LatencyTableError: If it is not a table of this format.
+    """
+    if not isinstance(document, Mapping) or "format" not in document:
+        raise LatencyTableError(
+            f'{name} is not a latency table: expected a mapping with "format": "{TABLE_FORMAT}". '
+            "Build one with `prunefront table build`, or import measurements with `prunefront table import`."
+        )
+    if document["format"] != TABLE_FORMAT:
+        raise LatencyTableError(
+            f"{name} has format {document['format']!r}, but this version of prunefront reads {TABLE_FORMAT!r}; "
+            "rebuild the table, or upgrade prunefront if the file is newer."
+        )
+    try:
+        return LatencyTable.model_validate(dict(document))
+    except ValidationError as error:
+        raise LatencyTableError(f"{name}: {describe_validation_error(error)}") from error
+
+
+def save_table(table: LatencyTable, path: str | os.PathLike[str]) -> Path:
+    """Write the table as JSON, all or nothing.
+
+    Raises:
+        FileWriteError: If the file cannot be written; what stood there before is intact.
+    """
+    return write_json_atomic(path, table.model_dump(mode="json"))
