@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -27,7 +27,7 @@ __all__ = [
     "parse_table", "save_table",
 ]  # fmt: skip
 
-TABLE_FORMAT = "prunefront/latency-table/1"
+TABLE_FORMAT: Final = "prunefront/latency-table/1"
 
 Runtime = Literal["eager", "compile", "cudagraph", "onnxruntime", "tensorrt"]
 Dtype = Literal["fp32", "bf16", "fp16"]

@@ -1,0 +1,537 @@
+"""Timing: warm up, interleave in random order with a canary, cancel drift, report medians with their spread.
+
+The unit is a *subject*: a callable that does its work and calls ``lap(name)`` whenever a part of it is over. A whole
+model is a subject with one lap; `build` times halves of blocks inside a running chain with many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import math
+import os
+import random
+import statistics
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from latency_tables.device import torch_device, usable_threads
+from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+
+Lap = Callable[[str], None]
+Subject = Callable[[Lap], object]
+Progress = Callable[[float, float, str], None]
+ShouldStop = Callable[[], bool]
+Forward = Callable[[Tensor], Any]
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURED_RUNTIMES = ("eager", "compile")
+
+WHOLE = "forward"  # Name of the only lap of a whole model.
+CANARY_WINDOW = 5  # Canary samples whose median says how fast the machine is at a moment.
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Latency of one subject. Drift is cancelled: times are as if the machine had been as fast as in its median."""
+
+    median_ms: float
+    iqr_ms: float
+    p10_ms: float
+    p90_ms: float
+    p99_ms: float
+    num_samples: int
+    canary_ms: float  # Median of the canary in the same run.
+    speedup: float  # canary_ms / median_ms.
+    peak_memory_mib: float | None  # Weights plus what one forward pass needs on top; None where it cannot be seen.
+    state: Literal["ok", "noisy"]
+    reason: str | None  # Why it is noisy.
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """How long to measure and what counts as noise."""
+
+    warmup_rounds: int = 3
+    min_rounds: int = 10
+    max_rounds: int = 50
+    target_s: float = 2.0  # Sampling time per subject that is enough; bounds the rounds of fast subjects.
+    canary_every: int = 4  # Subjects between two samples of the canary.
+    max_relative_iqr: float = 0.10  # torch.utils.benchmark warns from the same value on.
+    max_canary_drift: float = 0.25  # Range of the smoothed canary over its median; more cannot be cancelled.
+    attempts: int = 3
+
+
+class Stopwatch(Protocol):
+    """Runs a subject once and returns its laps as (name, milliseconds), in order."""
+
+    def sample(self, subject: Subject) -> list[tuple[str, float]]: ...
+
+
+class WallStopwatch:
+    """Wall clock, for devices that work synchronously."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+
+    def sample(self, subject: Subject) -> list[tuple[str, float]]:
+        marks: list[tuple[str, float]] = []
+        clock = self._clock
+
+        def lap(name: str) -> None:
+            marks.append((name, clock()))
+
+        with _no_garbage_collection():
+            start = clock()
+            subject(lap)
+        laps = []
+        for name, at in marks:
+            laps.append((name, (at - start) * 1e3))
+            start = at
+        return laps
+
+
+class CudaStopwatch:
+    """CUDA events on the current stream; the queue is empty before the start and drained at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def sample(self, subject: Subject) -> list[tuple[str, float]]:
+        marks: list[tuple[str, torch.cuda.Event]] = []
+
+        def record() -> torch.cuda.Event:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            return event
+
+        torch.cuda.synchronize(self._device)
+        with _no_garbage_collection():
+            previous = record()
+            subject(lambda name: marks.append((name, record())))
+        torch.cuda.synchronize(self._device)
+        laps = []
+        for name, event in marks:
+            laps.append((name, previous.elapsed_time(event)))
+            previous = event
+        return laps
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As `timeit` does: a collection of the interpreter's garbage is not the subject's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def stopwatch_for(device: torch.device) -> Stopwatch:
+    return CudaStopwatch(device) if device.type == "cuda" else WallStopwatch()
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def prepare_model(model: nn.Module | Forward, runtime: str, dtype: str, device: str) -> Forward:
+    """Make a model ready to be timed: eval mode, dtype and device, compiled where the runtime says so.
+
+    A model that has the dtype and device already is used as it is (and put into eval mode); any other is copied
+    first. ``compile`` compiles on the first call: static shapes, one graph, on the CPU with the weights frozen into it.
+
+    Raises:
+        LatencyTableError: If the runtime or dtype is not one that can be measured here.
+    """
+    target = torch_device(device)
+    if runtime not in MEASURED_RUNTIMES:
+        raise LatencyTableError(
+            f"Runtime {runtime!r} cannot be measured; choose {' or '.join(MEASURED_RUNTIMES)}, "
+            "or import a table for it."
+        )
+    if dtype not in TORCH_DTYPES:
+        raise LatencyTableError(f"Unknown dtype {dtype!r}; choose one of {', '.join(TORCH_DTYPES)}.")
+    if isinstance(model, nn.Module):
+        model = cast_modules([model], TORCH_DTYPES[dtype], target)[0].eval()
+    return CompiledForward(model, target) if runtime == "compile" else model
+
+
+def cast_modules(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
+    """The modules in ``dtype`` on ``device``: themselves where they are so already, else copies.
+
+    Modules that share parameters (compressed models of one dense model) share them in the copies too, so fifty
+    candidates take the memory of one model.
+    """
+
+    def fits(module: nn.Module) -> bool:
+        tensors = (*module.parameters(), *module.buffers())
+        return all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
+
+    if all(fits(module) for module in modules):
+        return list(modules)
+    return [module.to(device=device, dtype=dtype) for module in copy.deepcopy(list(modules))]
+
+
+class CompiledForward:
+    """A forward compiled with static shapes as one graph; compiling it a second time is an error, not a fallback.
+
+    torch keeps compiled graphs by code object and, beyond eight, silently runs eagerly. Each forward therefore gets a
+    code object of its own: the limit is never met, and no call tries the guards of other models first.
+    """
+
+    def __init__(self, forward: nn.Module | Forward, device: torch.device) -> None:
+        def call(x: Tensor) -> Any:
+            return forward(x)
+
+        own = types.FunctionType(
+            call.__code__.replace(co_name=f"forward_{id(self):x}"), call.__globals__, "forward", None, call.__closure__
+        )
+        options: dict[str, str | int | bool | Callable[..., Any]] | None
+        options = {"freezing": True} if device.type == "cpu" else None
+        self._compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+        self._checked_calls = 2
+
+    def __call__(self, x: Tensor) -> Any:
+        if not self._checked_calls:
+            # The check below costs microseconds that are not the model's.
+            return self._compiled(x)
+        self._checked_calls -= 1
+        with torch._dynamo.config.patch(error_on_recompile=True, fail_on_recompile_limit_hit=True):
+            return self._compiled(x)
+
+
+def use_shared_compile_cache() -> Path:
+    """Point torch's compile cache at one folder per user, so that workers and later runs do not compile again.
+
+    A folder chosen by the user (``TORCHINDUCTOR_CACHE_DIR``) is kept.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(home, "prunefront", "inductor")))
+
+
+@contextlib.contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """Inference mode, with as many threads as may really run."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(usable_threads())
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LapSamples:
+    """Drift-cancelled samples of one subject, by lap name, and how the run around them went."""
+
+    laps: dict[str, tuple[float, ...]]  # Milliseconds, in the order taken.
+    canary_ms: float
+    canary_drift: float  # Range of the smoothed canary over its median.
+    foreign_cpu: float | None  # Share of the machine that other processes used meanwhile; None where unknown.
+
+
+def interleave(
+    subjects: Mapping[str, Subject],
+    *,
+    canary: Subject,
+    stopwatch: Stopwatch,
+    settings: MeasureSettings,
+    rounds: Mapping[str, int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> dict[str, LapSamples]:
+    """Sample every subject round by round in random order, the canary between them, and cancel drift.
+
+    A sample is divided by how slow the canary was around it (running median) relative to the canary's median of the
+    whole run. Subjects are assumed to be warm.
+
+    Args:
+        rounds: Samples per subject; ``settings.min_rounds`` where it says nothing.
+
+    Raises:
+        MeasurementStoppedError: As soon as ``should_stop`` says so; the samples are dropped.
+    """
+    left = {key: (rounds or {}).get(key, settings.min_rounds) for key in subjects}
+    total = sum(left.values())
+    order = random.Random(seed)
+    canary_at: list[int] = []
+    canary_ms: list[float] = []
+    taken: list[tuple[int, str, list[tuple[str, float]]]] = []
+    usage = _CpuUsage()
+
+    def time_canary() -> None:
+        canary_at.append(len(taken))
+        canary_ms.append(sum(ms for _, ms in stopwatch.sample(canary)))
+
+    time_canary()
+    since_canary = 0
+    while any(left.values()):
+        keys = [key for key, count in left.items() if count > 0]
+        order.shuffle(keys)
+        for key in keys:
+            if should_stop is not None and should_stop():
+                raise MeasurementStoppedError("Measuring was stopped on request; start again to go on.")
+            taken.append((len(taken), key, stopwatch.sample(subjects[key])))
+            left[key] -= 1
+            since_canary += 1
+            if since_canary >= settings.canary_every:
+                time_canary()
+                since_canary = 0
+            if progress is not None:
+                progress(len(taken), total, key)
+    time_canary()
+
+    smooth = _running_median(canary_ms, CANARY_WINDOW)
+    reference = statistics.median(canary_ms)
+    drift = (max(smooth) - min(smooth)) / reference
+    slowness = np.interp([at + 0.5 for at, _, _ in taken], canary_at, smooth) / reference
+    laps: dict[str, dict[str, list[float]]] = {key: {} for key in subjects}
+    for (_, key, marks), factor in zip(taken, slowness, strict=True):
+        for name, ms in marks:
+            laps[key].setdefault(name, []).append(ms / float(factor))
+    foreign = usage.foreign_share()
+    return {
+        key: LapSamples(
+            laps={name: tuple(values) for name, values in of.items()},
+            canary_ms=reference, canary_drift=drift, foreign_cpu=foreign,
+        )
+        for key, of in laps.items()
+    }  # fmt: skip
+
+
+def _running_median(values: Sequence[float], window: int) -> list[float]:
+    half = window // 2
+    return [statistics.median(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
+
+
+def summarise(
+    samples: Sequence[float], run: LapSamples, settings: MeasureSettings, *, peak_memory_mib: float | None = None
+) -> Measurement:
+    """Median, spread and percentiles of the samples, and whether they are too noisy to be used."""
+    p10, q1, median, q3, p90, p99 = (float(q) for q in np.percentile(samples, (10, 25, 50, 75, 90, 99)))
+    reasons = []
+    if q3 - q1 > settings.max_relative_iqr * median:
+        reasons.append(
+            f"the interquartile range is {(q3 - q1) / median:.0%} of the median (at most "
+            f"{settings.max_relative_iqr:.0%} is allowed)"
+        )
+    if run.canary_drift > settings.max_canary_drift:
+        reasons.append(
+            f"the dense model's own latency moved by {run.canary_drift:.0%} meanwhile (at most "
+            f"{settings.max_canary_drift:.0%} is allowed)"
+        )
+    if reasons and run.foreign_cpu is not None and run.foreign_cpu > 0.05:
+        reasons.append(f"other processes used {run.foreign_cpu:.0%} of the CPU; close them and measure again")
+    return Measurement(
+        median_ms=median, iqr_ms=q3 - q1, p10_ms=p10, p90_ms=p90, p99_ms=p99, num_samples=len(samples),
+        canary_ms=run.canary_ms, speedup=run.canary_ms / median if median > 0 else math.inf,
+        peak_memory_mib=peak_memory_mib, state="noisy" if reasons else "ok", reason="; ".join(reasons) or None,
+    )  # fmt: skip
+
+
+def relative_iqr(measurement: Measurement) -> float:
+    return measurement.iqr_ms / measurement.median_ms if measurement.median_ms > 0 else math.inf
+
+
+def rounds_for(sample_ms: float, settings: MeasureSettings) -> int:
+    """Rounds that fill ``target_s``, within the allowed range."""
+    return max(settings.min_rounds, min(settings.max_rounds, math.ceil(settings.target_s * 1e3 / max(sample_ms, 1e-3))))
+
+
+def measure_models(
+    models: Mapping[str, nn.Module | Forward],
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    device: str,
+    runtime: str = "eager",
+    dtype: str = "fp32",
+    canary: str,
+    settings: MeasureSettings | None = None,
+    stopwatch: Stopwatch | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> dict[str, Measurement]:
+    """Measure whole models against each other, interleaved, on one device.
+
+    What is still noisy after an attempt is measured again, up to three times; then its least noisy attempt is
+    returned with state ``noisy`` and the reason.
+
+    Args:
+        models: Models by key. Modules are prepared (`prepare_model`); other callables must be ready.
+        example_inputs: One batch of images, shape (B, C, H, W), or several of one shape that take turns (methods that
+            look at the image are as fast as the images let them be). Cast to device and dtype.
+        canary: Key of the model that cancels drift and that speed-ups refer to, normally the dense one.
+        stopwatch: Injected by tests; chosen by device otherwise.
+        progress: Told the share done (of 1.0): warm-up is the first half, as compiling happens there.
+
+    Returns:
+        A measurement per key, the canary's included.
+
+    Raises:
+        LatencyTableError: If the canary is not among the models.
+        MeasurementStoppedError: As soon as ``should_stop`` says so.
+    """
+    if canary not in models:
+        raise LatencyTableError(f"The canary {canary!r} must be one of the models, which are {', '.join(models)}.")
+    settings = settings or MeasureSettings()
+    target = torch_device(device)
+    watch = stopwatch or stopwatch_for(target)
+    batches = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    with measuring(target):
+        inputs = [batch.to(device=target, dtype=TORCH_DTYPES[dtype]) for batch in batches]
+        # Every warm-up, and so every compilation, is over before the first sample is taken.
+        modules = {key: model for key, model in models.items() if isinstance(model, nn.Module)}
+        ready = dict(zip(modules, cast_modules([*modules.values()], TORCH_DTYPES[dtype], target), strict=True))
+        subjects: dict[str, Subject] = {}
+        memory: dict[str, float | None] = {}
+        rounds: dict[str, int] = {}
+        for number, (key, model) in enumerate(models.items()):
+            if should_stop is not None and should_stop():
+                raise MeasurementStoppedError("Measuring was stopped on request; start again to go on.")
+            if progress is not None:
+                progress(0.5 * number / len(models), 1.0, f"warming up {key}")
+            forward = prepare_model(ready[key], runtime, dtype, device) if key in ready else cast(Forward, model)
+            subjects[key] = whole_model(forward, inputs)
+            for _ in range(settings.warmup_rounds):
+                last = sum(ms for _, ms in watch.sample(subjects[key]))
+            memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key))
+            rounds[key] = rounds_for(last, settings)
+
+        best: dict[str, Measurement] = {}
+        todo = list(models)
+        for attempt in range(settings.attempts):
+            runs = interleave(
+                {key: subjects[key] for key in todo}, canary=subjects[canary], stopwatch=watch, settings=settings,
+                rounds=rounds, seed=seed + attempt, should_stop=should_stop,
+                progress=_second_half(progress, settings.attempts, attempt),
+            )  # fmt: skip
+            for key, run in runs.items():
+                measured = summarise(run.laps[WHOLE], run, settings, peak_memory_mib=memory[key])
+                best[key] = better(best.get(key), measured)
+            todo = [key for key in todo if best[key].state == "noisy"]
+            if not todo:
+                break
+    return {key: best[key] for key in models}
+
+
+def better(known: Measurement | None, new: Measurement) -> Measurement:
+    """The attempt to keep: a quiet one over a noisy one, then the one with less spread."""
+    if known is None:
+        return new
+    if known.state != new.state:
+        return known if known.state == "ok" else new
+    return known if relative_iqr(known) <= relative_iqr(new) else new
+
+
+def whole_model(forward: Forward, inputs: Sequence[Tensor]) -> Subject:
+    """A subject of one lap; several batches take turns."""
+    turn = {"next": 0}
+
+    def subject(lap: Lap) -> None:
+        batch = inputs[turn["next"] % len(inputs)]
+        turn["next"] += 1
+        forward(batch)
+        lap(WHOLE)
+
+    return subject
+
+
+def _second_half(progress: Progress | None, attempts: int, attempt: int) -> Progress | None:
+    """Map sampling onto the second half of a bar; further attempts re-use its end."""
+    if progress is None:
+        return None
+    again = "" if attempt == 0 else f" (attempt {attempt + 1} of {attempts}, it was noisy)"
+
+    def report(done: float, total: float, message: str) -> None:
+        progress(0.5 + 0.5 * done / total, 1.0, f"measuring {message}{again}")
+
+    return report
+
+
+# --- memory and the machine --------------------------------------------------------------------------------------
+
+
+def peak_memory_mib(run: Callable[[], object], device: torch.device, model: nn.Module | None = None) -> float | None:
+    """Weights of ``model`` plus the most memory that one ``run`` needs on top of what was in use, in MiB.
+
+    On the CPU this is resident memory as Linux counts it (the peak is reset before the run), elsewhere None.
+    """
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / MIB if model is not None else 0.0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return weights + (torch.cuda.max_memory_allocated(device) - before) / MIB
+    _return_freed_memory()
+    try:
+        # "5" resets the peak resident size of this process (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+        before_kib = _status_kib("VmRSS")
+        run()
+        peak_kib = _status_kib("VmHWM")
+    except OSError:
+        return None
+    if before_kib is None or peak_kib is None:
+        return None
+    return weights + max(0, peak_kib - before_kib) / 1024
+
+
+def _return_freed_memory() -> None:
+    """Give freed heap back to the system, or a run would seem to need no memory: it re-uses what lies around."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status_kib(field: str) -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    return None
+
+
+class _CpuUsage:
+    """Share of the machine's CPU time that other processes use between two moments (Linux; None elsewhere)."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def foreign_share(self) -> float | None:
+        end = self._read()
+        if self._start is None or end is None or end[1] <= self._start[1]:
+            return None
+        busy, total, own = (after - before for before, after in zip(self._start, end, strict=True))
+        return max(0.0, min(1.0, (busy - own) / total))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        ticks = os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        used = os.times()
+        return (sum(fields) - idle) / ticks, sum(fields) / ticks, used.user + used.system
