@@ -1,0 +1,1 @@
+"""ASK AND FETCH: the HTTP API and the web page. `service.app.create_app` wires it, `service.run.serve` starts it."""

@@ -1,0 +1,64 @@
+"""What a job may name: models and checkpoints, methods, datasets."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import timm
+from fastapi import APIRouter
+from timm.models import is_model_pretrained
+
+from prunefront.registry import get_method, list_methods
+from prunefront.training.data import list_datasets
+from service.checkpoints import list_checkpoints
+from service.deps import SettingsDep
+from service.schemas import (
+    CheckpointPublic,
+    DatasetPublic,
+    Datasets,
+    MethodPublic,
+    Methods,
+    ModelPublic,
+    Models,
+)
+
+router = APIRouter(tags=["catalog"])
+
+# timm's module of a model says whether it is a plain ViT without building all thousand of them.
+SUPPORTED_MODULES = ("vision_transformer", "deit")
+DEMO_MODEL = "digit_vit_patch6_48"
+
+
+@router.get("/models", summary="List models and checkpoints")
+def list_models(settings: SettingsDep) -> Models:
+    checkpoints = [CheckpointPublic.model_validate(c) for c in list_checkpoints(settings.checkpoints_dir)]
+    return Models(items=_models(), checkpoints=checkpoints)
+
+
+@router.get("/methods", summary="List token-reduction methods")
+def list_reduction_methods() -> Methods:
+    return Methods(items=[_method(name) for name in list_methods()])
+
+
+@router.get("/datasets", summary="List datasets")
+def list_registered_datasets() -> Datasets:
+    return Datasets(items=[DatasetPublic.model_validate(info, from_attributes=True) for info in list_datasets()])
+
+
+@cache
+def _models() -> list[ModelPublic]:
+    names = sorted({name for module in SUPPORTED_MODULES for name in timm.list_models(module=module)} | {DEMO_MODEL})
+    return [ModelPublic(name=name, is_pretrained=is_model_pretrained(name)) for name in names]
+
+
+@cache
+def _method(name: str) -> MethodPublic:
+    method = get_method(name)
+    return MethodPublic(
+        name=name,
+        title=method.title,
+        paper=method.paper,
+        ops=list(method.ops),
+        options=method.parse_options({}),
+        needs_class_token=set(method.ops) <= set(method.ranking_ops),
+    )
