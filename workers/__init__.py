@@ -1,0 +1,1 @@
+"""Measure and train: tasks, and the engines that place them on devices."""
