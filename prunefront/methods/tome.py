@@ -1,0 +1,101 @@
+"""ToMe: in every block, merge the r most similar pairs of tokens.
+
+Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv:2210.09461). Implemented from the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prunefront.methods.base import Method, MethodOptions, Recorder
+from prunefront.ops.attention import AttentionState, key_metric
+from prunefront.ops.merge import TokenMatch, bipartite_match, merge_limit, merge_matched
+
+if TYPE_CHECKING:
+    from prunefront.schedule import Step
+
+
+class ToMeOptions(MethodOptions):
+    prop_attn: bool = True
+
+
+class ToMe(Method):
+    name = "tome"
+    title = "ToMe"
+    paper = "arXiv:2210.09461"
+    merging_ops = ("merge",)
+    options_model = ToMeOptions
+
+    def least_kept(self, op: str, present: int) -> int:
+        return present - merge_limit(present)
+
+    def uses_size_bias(self, options: Mapping[str, Any]) -> bool:
+        return bool(options["prop_attn"])
+
+    def reduce(
+        self,
+        x: Tensor,
+        size: Tensor | None,
+        state: AttentionState,
+        steps: Sequence[Step],
+        *,
+        num_prefix_tokens: int,
+        options: Mapping[str, Any],
+        recorder: Recorder | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        (step,) = steps
+        metric = key_metric(state, num_prefix_tokens)
+        return merge_by_metric(x, size, metric, step, num_prefix_tokens=num_prefix_tokens, recorder=recorder)
+
+
+def merge_by_metric(
+    x: Tensor,
+    size: Tensor | None,
+    metric: Tensor,
+    step: Step,
+    *,
+    num_prefix_tokens: int,
+    recorder: Recorder | None,
+) -> tuple[Tensor, Tensor]:
+    """Bipartite merge of the non-prefix tokens by the similarity of ``metric`` (B, N - prefix, D)."""
+    match = bipartite_match(metric, step.removed, num_prefix_tokens)
+    patch_size = None if size is None else size[:, num_prefix_tokens:]
+    merged, merged_size = merge_matched(x[:, num_prefix_tokens:], patch_size, match)
+    prefix_size = (
+        merged_size.new_ones(x.shape[0], num_prefix_tokens) if size is None else size[:, :num_prefix_tokens]
+    )
+    if recorder is not None:
+        recorder.add(step.op, match_assignment(match, num_prefix_tokens, x.shape[1]), **match_values(match))
+    return (
+        torch.cat((x[:, :num_prefix_tokens], merged), dim=1),
+        torch.cat((prefix_size, merged_size), dim=1),
+    )
+
+
+def match_values(match: TokenMatch) -> dict[str, Tensor]:
+    """Source and destination positions (sources ascending) and similarities, counted from the first non-prefix token."""
+    order = match.source.argsort(dim=-1)
+    return {
+        "merge_src": match.source.gather(1, order) * 2 + match.a_offset,
+        "merge_dst": match.destination.gather(1, order) * 2 + 1 - match.a_offset,
+        "similarity": match.similarity,
+    }
+
+
+def match_assignment(match: TokenMatch, num_prefix_tokens: int, tokens: int) -> Tensor:
+    """Where every token (prefix included) goes: (B, tokens) absolute positions."""
+    batch, kept = match.kept.shape
+    device = match.kept.device
+    target = torch.arange(tokens, device=device).repeat(batch, 1)
+    num_b = tokens - num_prefix_tokens - match.similarity.shape[1]
+    first_b = num_prefix_tokens + kept
+    b_positions = num_prefix_tokens + 1 - match.a_offset + 2 * torch.arange(num_b, device=device)
+    target[:, b_positions] = first_b + torch.arange(num_b, device=device)
+    a_start = num_prefix_tokens + match.a_offset
+    target.scatter_(1, a_start + 2 * match.kept, num_prefix_tokens + torch.arange(kept, device=device).expand(batch, -1))
+    target.scatter_(1, a_start + 2 * match.source, first_b + match.destination)
+    return target

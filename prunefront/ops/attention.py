@@ -1,0 +1,93 @@
+"""Attention with what token reduction needs from it, and no attention map beyond the rows a method reads.
+
+Shapes: B images, N tokens, H heads, D channels per head, C = H * D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionState:
+    """Queries, keys, values (B, H, N, D) of one attention, after q/k norm, and the log-size bias they met."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None  # (B, 1, 1, N)
+
+
+def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Additive term of proportional attention, shape (B, 1, 1, N): a token of size s counts as s tokens.
+
+    Section 3.2 of Bolya et al., "Token Merging", ICLR 2023. Sizes are kept positive, which changes nothing for healthy
+    models: DiffRate's similarity-scaled sizes may turn non-positive, and their logarithm would be NaN.
+    """
+    if size is None:
+        return None
+    return size.clamp(min=1e-6).log().to(dtype)[:, None, None, :]
+
+
+def attend(attn: Attention, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
+    """timm's multi-head attention through SDPA, handing out q, k and v.
+
+    Args:
+        attn: A plain timm attention; q/k norm, output norm and gate are applied.
+        x: Normalised tokens, (B, N, C).
+        bias: Added to the logits, (B, 1, 1, N), or None.
+
+    Returns:
+        The projected output (B, N, C) and the state to score tokens with.
+    """
+    batch, tokens, _ = x.shape
+    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, dropout_p=attn.attn_drop.p if attn.training else 0.0
+    )
+    out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out)), AttentionState(q=q, k=k, v=v, scale=attn.scale, bias=bias)
+
+
+def class_attention(state: AttentionState) -> Tensor:
+    """Softmax attention of the class token (position 0) to every token, shape (B, H, N), in float32.
+
+    Only this row is computed; dropout on attention is not applied to it (EViT, quirk 5, reads it before).
+    """
+    row = (state.q[:, :, :1] * state.scale) @ state.k.transpose(-2, -1)
+    if state.bias is not None:
+        row = row + state.bias
+    return row.squeeze(2).float().softmax(dim=-1)
+
+
+def class_scores(state: AttentionState, num_prefix_tokens: int) -> Tensor:
+    """Head-mean class attention of the non-prefix tokens, shape (B, N - prefix): the score of EViT and DiffRate."""
+    return class_attention(state).mean(dim=1)[:, num_prefix_tokens:]
+
+
+def class_value_scores(state: AttentionState, num_prefix_tokens: int) -> Tensor:
+    """Class attention times the norm of the value, normalised to sum 1 over the non-prefix tokens.
+
+    The significance of ATS that PPT uses (Section 3 of Wu et al., "PPT", arXiv:2310.01812): attention summed over
+    heads, values as projected, norm over the full width.
+    """
+    attention = class_attention(state).sum(dim=1)[:, num_prefix_tokens:]
+    norm = state.v[:, :, num_prefix_tokens:].float().square().sum(dim=(1, 3)).sqrt()
+    score = attention * norm
+    return score / score.sum(dim=-1, keepdim=True)
+
+
+def key_metric(state: AttentionState, num_prefix_tokens: int) -> Tensor:
+    """Keys averaged over heads, (B, N - prefix, D): what ToMe compares. Taken after k norm where there is one."""
+    return state.k[:, :, num_prefix_tokens:].mean(dim=1)

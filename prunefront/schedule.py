@@ -1,0 +1,188 @@
+"""Sites → tokens per block. Integers only: nothing here touches a tensor.
+
+A schedule says, for every block, how many tokens enter its attention, which reductions act after it, and how many
+tokens reach its MLP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prunefront.config import ModelSpec, PruneConfig, Site
+from prunefront.errors import ConfigError
+from prunefront.registry import get_method
+
+if TYPE_CHECKING:
+    from prunefront.geometry import ModelGeometry
+    from prunefront.methods.base import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One reduction with effective integers. ``tokens_*`` include prefix tokens, ``kept`` and ``removed`` do not."""
+
+    op: str
+    kept: int
+    removed: int
+    tokens_in: int
+    tokens_out: int  # prefix + kept, and one more for a fused token
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSchedule:
+    """Tokens of one block, prefix included: attention works on ``tokens_in``, the MLP on ``tokens_out``."""
+
+    index: int
+    tokens_in: int
+    tokens_out: int
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSchedule:
+    """A whole model's token counts and the method that produces them."""
+
+    method: str
+    options: tuple[tuple[str, Any], ...]
+    num_prefix_tokens: int
+    blocks: tuple[BlockSchedule, ...]
+
+    @property
+    def tokens_in(self) -> list[int]:
+        """Tokens entering each block, prefix included."""
+        return [block.tokens_in for block in self.blocks]
+
+    @property
+    def tokens_out(self) -> list[int]:
+        """Tokens reaching each block's MLP and leaving it, prefix included."""
+        return [block.tokens_out for block in self.blocks]
+
+    @property
+    def is_dense(self) -> bool:
+        return not any(block.steps for block in self.blocks)
+
+
+def plan_blocks(
+    method: Method,
+    options: dict[str, Any],
+    sites: Sequence[Site],
+    *,
+    depth: int,
+    num_patch_tokens: int,
+    num_prefix_tokens: int,
+) -> tuple[BlockSchedule, ...]:
+    """Walk the blocks and turn every site into effective integers.
+
+    Raises:
+        ConfigError: If a site names a block the model does not have.
+    """
+    if sites and sites[-1].block >= depth:
+        raise ConfigError(
+            f"A site is at block {sites[-1].block}, but the model has blocks 0 to {depth - 1}. Move or drop the site."
+        )
+    by_block: dict[int, list[Site]] = {}
+    for site in sites:
+        by_block.setdefault(site.block, []).append(site)
+    blocks = []
+    present = num_patch_tokens
+    for index in range(depth):
+        entering = present
+        steps = []
+        for site in by_block.get(index, ()):
+            kept = min(max(_wanted(site, present, num_patch_tokens), method.least_kept(site.op, present)), present)
+            if kept == present and not method.acts_when_nothing_is_removed:
+                continue
+            left = kept + (1 if kept < present and method.adds_token(site.op) else 0)
+            steps.append(
+                Step(
+                    op=site.op,
+                    kept=kept,
+                    removed=present - kept,
+                    tokens_in=present + num_prefix_tokens,
+                    tokens_out=left + num_prefix_tokens,
+                )
+            )
+            present = left
+        blocks.append(
+            BlockSchedule(
+                index=index,
+                tokens_in=entering + num_prefix_tokens,
+                tokens_out=present + num_prefix_tokens,
+                steps=tuple(steps),
+            )
+        )
+    return tuple(blocks)
+
+
+def plan_schedule(config: PruneConfig, geometry: ModelGeometry | None = None) -> TokenSchedule:
+    """The token schedule of a config at its model's own image size.
+
+    Args:
+        config: Any config.
+        geometry: Of the config's model, when the caller has it already.
+
+    Raises:
+        ConfigError: If a site lies outside the model.
+        ModelError: If the method cannot work on this model, with the reason.
+    """
+    if geometry is None:
+        geometry = _geometry(config.model)
+    method = get_method(config.method)
+    method.check_geometry(geometry, config.sites)
+    return TokenSchedule(
+        method=config.method,
+        options=tuple(sorted(config.options.items())),
+        num_prefix_tokens=geometry.num_prefix_tokens,
+        blocks=plan_blocks(
+            method,
+            config.options,
+            config.sites,
+            depth=geometry.depth,
+            num_patch_tokens=geometry.num_patch_tokens,
+            num_prefix_tokens=geometry.num_prefix_tokens,
+        ),
+    )
+
+
+def token_counts(config: PruneConfig) -> TokenSchedule:
+    """What really happens to the tokens, block by block: ``.tokens_in``, ``.tokens_out`` and the steps between."""
+    return plan_schedule(config)
+
+
+def content_hash(config: PruneConfig) -> str:
+    """Hash over model, method, options and effective integers. Every config that removes nothing is the dense model."""
+    geometry = _geometry(config.model)
+    schedule = plan_schedule(config, geometry)
+    steps = [[block.index, step.op, step.kept] for block in schedule.blocks for step in block.steps]
+    model = config.model.model_dump(mode="json")
+    # "The model's own" and the same value written out are one model.
+    model["img_size"] = list(geometry.img_size)
+    model["num_classes"] = geometry.num_classes
+    identity = {"model": model, "method": config.method, "options": config.options, "steps": steps}
+    if not steps:
+        identity = {"model": model, "steps": []}
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _wanted(site: Site, present: int, initial: int) -> int:
+    """Tokens the site asks to keep. Ratios round up on Python floats, as EViT's official code does."""
+    if site.keep_ratio is not None:
+        return math.ceil(site.keep_ratio * present)
+    if site.cumulative_keep_ratio is not None:
+        return math.ceil(site.cumulative_keep_ratio * initial)
+    if site.tokens is not None:
+        return site.tokens
+    assert site.remove is not None
+    return present - site.remove
+
+
+def _geometry(spec: ModelSpec) -> ModelGeometry:
+    from prunefront.geometry import geometry_for
+
+    return geometry_for(spec)
