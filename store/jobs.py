@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -518,7 +518,7 @@ def fenced_job(session: Session, job_id: str, fence: int) -> Job:
     Raises:
         LeaseLostError: Unless the job is running and this fence is its latest.
     """
-    job = session.scalars(_by_id(job_id).with_for_update()).one_or_none()
+    job = session.scalars(select(Job).where(Job.id == job_id).with_for_update()).one_or_none()
     if job is None:
         raise LeaseLostError(f"Expected to hold job {job_id}, but it was deleted. Stop working on it.")
     if job.fence != fence or job.state != JobState.RUNNING:
@@ -555,12 +555,10 @@ def page_size(limit: int) -> int:
     return max(1, min(limit, MAX_PAGE_SIZE))
 
 
-def _by_id(job_id: str) -> Select[tuple[Job]]:
-    return select(Job).where(Job.id == job_id)
-
-
 def _find(session: Session, job_id: str, *, lock: bool = False) -> Job:
-    statement = _by_id(job_id).with_for_update() if lock else _by_id(job_id)
+    statement = select(Job).where(Job.id == job_id)
+    if lock:
+        statement = statement.with_for_update()
     job = session.scalars(statement).one_or_none() if is_storable_text(job_id) else None
     if job is None:
         raise NotFoundError(f"There is no job {job_id!r}. `prunefront jobs` lists them.")

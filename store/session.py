@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from store.errors import ConflictError, DocumentError, StoreError, StoreLockedError, StoreUnavailableError
+from store.models import UtcDateTime
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 _WRITES = "prunefront_writes"
+# Extended SQLite codes carry the primary one in the low byte.
 _SQLITE_PRIMARY_CODE = 0xFF
+_UNIQUE_VIOLATION = "23505"
 
 
 def parse_url(url: str) -> URL:
@@ -203,8 +206,11 @@ class Database:
         self.url = url
         self.engine = build_engine(url, busy_timeout_s=busy_timeout_s)
         self._clock = clock
-        self._reads = sessionmaker(self.engine, expire_on_commit=False)
-        self._writes = sessionmaker(self.engine.execution_options(**write_options()), expire_on_commit=False)
+        # Methods flush where they mean to; reading the clock must not write a half-filled row.
+        self._reads = sessionmaker(self.engine, autoflush=False, expire_on_commit=False)
+        self._writes = sessionmaker(
+            self.engine.execution_options(**write_options()), autoflush=False, expire_on_commit=False
+        )
 
     @property
     def is_sqlite(self) -> bool:
@@ -229,7 +235,7 @@ class Database:
             return self._clock()
         if self.is_sqlite:
             return datetime.now(UTC)
-        return session.scalars(select(func.clock_timestamp())).one().astimezone(UTC)
+        return session.scalars(select(func.clock_timestamp(type_=UtcDateTime()))).one()
 
     def close(self) -> None:
         """Close all connections."""
@@ -260,11 +266,19 @@ def translated_errors(url: URL) -> Iterator[None]:
 def _translate(error: sa_exc.StatementError, url: URL) -> StoreError:
     if isinstance(error.orig, OverflowError) or (isinstance(error, sa_exc.DataError) and error.orig is not None):
         return DocumentError(f"Expected values that the database can store, got: {_first_line(error.orig)}.")
-    if isinstance(error, sa_exc.IntegrityError):
-        return ConflictError(f"Another process stored the same at this moment ({_first_line(error.orig)}). Try again.")
+    if isinstance(error, sa_exc.IntegrityError) and _is_duplicate(error.orig):
+        return ConflictError(
+            f"Another process stored the same at this moment ({_first_line(error.orig or error)}). Try again."
+        )
     if isinstance(error.orig, sqlite3.Error):
         return _translate_sqlite(error.orig, url)
     return _translate_postgres(error, url)
+
+
+def _is_duplicate(error: BaseException | None) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return error.sqlite_errorcode in (sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY)
+    return getattr(error, "sqlstate", None) == _UNIQUE_VIOLATION
 
 
 def _sqlite_code(error: sqlite3.Error) -> int:
