@@ -1,43 +1,12 @@
-"""What this machine grants a process: CPU threads, memory, and whether the kernel killed something for its memory."""
+"""What the kernel says about memory: how much a process uses, and whether one was killed for it."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-
-
-def usable_threads() -> int:
-    """Return how many threads compute without fighting for CPUs.
-
-    The smallest of the CPUs this process may run on (affinity), the quota of its control group (a container's CPU
-    limit, rounded up) and ``OMP_NUM_THREADS`` if the user set it.
-    """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_cpu_quota()
-    if quota is not None:
-        count = min(count, math.ceil(quota))
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if wanted.isdigit() and int(wanted) > 0:
-        count = min(count, int(wanted))
-    return max(1, count)
-
-
-def cgroup_cpu_quota(proc: Path = Path("/proc/self"), root: Path = CGROUP_ROOT) -> float | None:
-    """Return the CPUs that the control group grants, or None without a limit. Groups v2 and v1 are understood."""
-    quotas: list[float] = []
-    for folder in _group_folders("", proc, root):
-        words = _words(folder / "cpu.max")  # v2: "max 100000" or "150000 100000"
-        if len(words) == 2 and words[0] != "max" and int(words[1]) > 0:
-            quotas.append(int(words[0]) / int(words[1]))
-    for folder in _group_folders("cpu", proc, root):
-        quota, period = _words(folder / "cpu.cfs_quota_us"), _words(folder / "cpu.cfs_period_us")
-        if quota and period and int(quota[0]) > 0 and int(period[0]) > 0:
-            quotas.append(int(quota[0]) / int(period[0]))
-    return min(quotas, default=None)
 
 
 def count_oom_kills(proc: Path = Path("/proc/self"), root: Path = CGROUP_ROOT) -> int:
@@ -69,7 +38,7 @@ def _group_folders(controller: str, proc: Path, root: Path) -> Iterator[Path]:
     """Yield the folders of this process's control group for a v1 controller, or v2 when ``controller`` is empty.
 
     Inside a container the path in ``/proc/self/cgroup`` may be the host's while only the root is mounted, so the
-    ancestors are looked at as well; their limits hold for us anyway.
+    ancestors are looked at as well; a limit of theirs can kill us too.
     """
     for line in _text(proc / "cgroup").splitlines():
         _, _, rest = line.partition(":")
