@@ -38,7 +38,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def digit_vit_patch6_48(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Build the demo ViT: 48 px, patch 6, width 192, 6 blocks, 3 heads, MLP ratio 2, class token, 10 classes."""
     model_args = {

@@ -168,13 +168,15 @@ def _render_chunk(split: DigitSplitName, indices: NDArray[np.int64], epoch: int)
     foreground = 150 + 105 * np.stack([next(draw) for _ in range(3)], axis=-1)
     picture = background[:, None, None] + cover * (foreground - background)[:, None, None]
     picture += noise.astype(np.float32) * np.float32(40 / 255) - np.float32(20)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(picture, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _warp(draw: Iterator[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Draw 2 x 2 matrices near the identity, shape (N, 2, 2)."""
     entries = np.stack([next(draw) for _ in range(4)], axis=-1)
-    return (np.eye(2, dtype=np.float32).reshape(4) + np.float32(_WARP) * (2 * entries - 1)).reshape(-1, 2, 2)
+    warp: NDArray[np.float32] = np.eye(2, dtype=np.float32).reshape(4) + np.float32(_WARP) * (2 * entries - 1)
+    return np.reshape(warp, (-1, 2, 2))
 
 
 def _window(digits: NDArray[np.float32], left: NDArray[np.int64], top: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -233,4 +235,5 @@ def _paint(
     corner = row * width + column + (np.arange(count, dtype=np.int32) * (width * width))[:, None, None]
     top = flat[corner] * (1 - right) + flat[corner + 1] * right
     bottom = flat[corner + width] * (1 - right) + flat[corner + width + 1] * right
-    return top * (1 - below) + bottom * below
+    canvas: NDArray[np.float32] = top * (1 - below) + bottom * below
+    return canvas
