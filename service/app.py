@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.staticfiles import StaticFiles
@@ -17,6 +16,7 @@ from service.metrics import Metrics, RequestMeter
 from service.routes import catalog, devices, events, fronts, health, jobs, pages, tables, trials
 from service.security import Gatekeeper
 from service.settings import Settings
+from service.web import STATIC_DIR
 from store import open_store
 
 API_PREFIX = "/api/v1"
@@ -30,7 +30,6 @@ API_ROUTERS: tuple[APIRouter, ...] = (
     devices.router,
     catalog.router,
 )
-STATIC_DIR = Path(__file__).parent / "web" / "static"
 DESCRIPTION = """Find token schedules for Vision Transformers that are faster on your device.
 
 Submit a job, watch it, fetch its front and the best config. Jobs name registered ids, never paths or URLs. Ratios are
@@ -65,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         # The interactive pages of FastAPI load scripts from elsewhere; our own page and docs/rest-api.md stand in.
         docs_url=None,
         redoc_url=None,
+        separate_input_output_schemas=False,
         middleware=[
             Middleware(Gatekeeper, settings=settings),
             Middleware(RequestMeter, metrics=metrics),

@@ -42,6 +42,9 @@ def find_checkpoint(folder: Path, checkpoint_id: str) -> Checkpoint:
     known = {checkpoint.id: checkpoint for checkpoint in list_checkpoints(folder)}
     if checkpoint_id not in known:
         raise UnknownNameError.of(
-            "checkpoint", checkpoint_id, known, hint="Checkpoints are the .safetensors files in the server's checkpoints folder."
+            "checkpoint",
+            checkpoint_id,
+            known,
+            hint="Checkpoints are the .safetensors files in the server's checkpoints folder.",
         )
     return known[checkpoint_id]

@@ -23,7 +23,10 @@ class Metrics:
             "prunefront_http_requests", "Requests answered.", ("method", "route", "status"), registry=self.registry
         )
         self.duration_s = Histogram(
-            "prunefront_http_request_duration_seconds", "Time to the end of the answer.", ("route",), registry=self.registry
+            "prunefront_http_request_duration_seconds",
+            "Time to the end of the answer.",
+            ("route",),
+            registry=self.registry,
         )
 
     def watch_store(self, store: Store) -> None:

@@ -28,7 +28,9 @@ def render_openapi() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the document and say where."""
     parser = argparse.ArgumentParser(prog="python -m service.openapi", description="Write the OpenAPI document.")
-    parser.add_argument("path", nargs="?", type=Path, default=DEFAULT_PATH, help="where to (default: docs/openapi.json)")
+    parser.add_argument(
+        "path", nargs="?", type=Path, default=DEFAULT_PATH, help="where to (default: docs/openapi.json)"
+    )
     path = write_atomic(parser.parse_args(arguments).path, render_openapi())
     sys.stdout.write(f"Wrote {path}\n")
     return 0

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from latency_tables.schema import LatencyTableError
 from prunefront.errors import (
     CheckpointError,
     ConfigError,
@@ -27,7 +28,17 @@ from prunefront.errors import (
     UnknownNameError,
 )
 from search.pareto import NoFeasiblePoint
-from store import ConflictError, NotFoundError, StoreError, StoreLockedError, StoreSchemaError, StoreUnavailableError
+from service.web import TEMPLATES
+from store import (
+    ConflictError,
+    DocumentError,
+    InvalidCursorError,
+    NotFoundError,
+    StoreError,
+    StoreLockedError,
+    StoreSchemaError,
+    StoreUnavailableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +104,16 @@ class Problem(PrunefrontError):
         field = FieldProblem(pointer=pointer, message=str(error), code=code)
         return cls(status if status < 500 else 422, code, str(error), errors=[field])
 
+    @property
+    def title(self) -> str:
+        """The status in words."""
+        return HTTPStatus(self.status).phrase
+
     def response(self, instance: str) -> JSONResponse:
         """The problem document as an answer to the request at ``instance``."""
         document = ProblemDocument(
             type=f"urn:prunefront:problem:{self.code}",
-            title=HTTPStatus(self.status).phrase,
+            title=self.title,
             status=self.status,
             code=self.code,
             detail=self.detail,
@@ -115,6 +131,8 @@ class Problem(PrunefrontError):
 ERROR_STATUS: tuple[tuple[type[PrunefrontError], int, str], ...] = (
     (NotFoundError, 404, "not_found"),
     (ConflictError, 409, "conflict"),
+    (InvalidCursorError, 422, "invalid_cursor"),
+    (DocumentError, 422, "invalid_value"),
     (StoreLockedError, 503, "store_busy"),
     (StoreUnavailableError, 503, "store_unavailable"),
     (StoreSchemaError, 503, "store_schema"),
@@ -123,6 +141,7 @@ ERROR_STATUS: tuple[tuple[type[PrunefrontError], int, str], ...] = (
     (UnknownNameError, 422, "unknown_name"),
     (ModelError, 422, "unsupported_model"),
     (DatasetError, 422, "dataset"),
+    (LatencyTableError, 422, "latency_table"),
     (CheckpointError, 422, "checkpoint"),
     (ConfigError, 422, "invalid_config"),
     (FileWriteError, 507, "write_failed"),
@@ -171,26 +190,39 @@ def _field_problem(item: Mapping[str, Any]) -> FieldProblem:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the application a problem document."""
+    """Make every error of the application a problem document, or a page where a browser asked for one."""
 
     @app.exception_handler(PrunefrontError)
     async def on_domain_error(request: Request, error: PrunefrontError) -> Response:
-        return problem_of(error).response(request.url.path)
+        return respond(request, problem_of(error))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
-        return validation_problem(error.errors()).response(request.url.path)
+        return respond(request, validation_problem(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        return http_problem(error, request).response(request.url.path)
+        return respond(request, http_problem(error, request))
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        logger.error("request failed", exc_info=error, extra={"action": "request_failed", "path": request.url.path})
-        return Problem(
-            500, "internal_error", "The server met an error of its own; its log has the details."
-        ).response(request.url.path)
+        # Starlette logs the traceback and raises the error again for the server; the client gets none of it.
+        detail = "The server met an error of its own; its log has the details."
+        return respond(request, Problem(500, "internal_error", detail))
+
+
+def respond(request: Request, problem: Problem) -> Response:
+    """The answer that the client can show."""
+    is_page = request.method == "GET" and not request.url.path.startswith("/api/")
+    if is_page and "text/html" in request.headers.get("accept", ""):
+        context = {
+            "section": "",
+            "problem": {"status": problem.status, "title": problem.title, "detail": problem.detail},
+        }
+        return TEMPLATES.TemplateResponse(
+            request, "problem.html", context, status_code=problem.status, headers=problem.headers
+        )
+    return problem.response(request.url.path)
 
 
 def problem_of(error: PrunefrontError) -> Problem:

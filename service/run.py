@@ -16,7 +16,7 @@ from prunefront.errors import ConfigError
 from service.app import create_app
 from service.settings import Settings
 from service.supervisor import Supervisor
-from store import open_store, upgrade
+from store import open_store
 from workers.devices import list_local_devices
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,7 @@ def serve(settings: Settings, with_controller: bool, *, say: Callable[[str], Non
     settings.checkpoints_dir.mkdir(exist_ok=True)
     listener = listen(settings.host, settings.port)
     with contextlib.closing(listener), _signals_ignored_after_shutdown():
-        upgrade(settings.database_url)
-        if with_controller:
-            register_local_devices(settings)
+        prepare_store(settings, with_controller)
         app = create_app(settings)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=CONNECTION_GRACE_S
@@ -114,15 +112,16 @@ def url_of(host: str, port: int) -> str:
     return f"http://{name}:{port}"
 
 
-def register_local_devices(settings: Settings) -> None:
-    """Let jobs name this machine's devices from the first request on, before the controller has come up."""
-    store = open_store(settings.database_url)
-    try:
-        for device in list_local_devices():
+def prepare_store(settings: Settings, with_controller: bool) -> None:
+    """Bring the database up to date and, with a controller, let jobs name this machine's devices from the start.
+
+    Raises:
+        StoreError: If the database cannot be used.
+    """
+    with open_store(settings.database_url) as store:
+        for device in list_local_devices() if with_controller else ():
             info = {"description": device.description, "num_threads": device.num_threads}
             store.save_device(device.name, device.description, device.kind, info)
-    finally:
-        store.close()
 
 
 @contextlib.contextmanager

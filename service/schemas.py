@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from latency_tables.schema import LatencyTable
+from latency_tables.schema import Runtime as TableRuntime
 from prunefront import PruneConfig
 from prunefront.config import StrictModel
 from prunefront.schedule import plan_schedule
-from search.documents import Dtype, Identifier, Name, Runtime
+from search.documents import Dtype, Identifier, Name
 from store import CandidateRecord, DeviceRecord, JobRecord, TableRecord
 
 JobKind = Literal["search", "table", "measure"]
@@ -184,7 +186,7 @@ class TablePublic(PublicModel):
 class TableDetail(TablePublic):
     """A latency table."""
 
-    document: dict[str, Any] = Field(description="The table (`prunefront/latency-table/1`).")
+    document: LatencyTable = Field(description="The table (`prunefront/latency-table/1`).")
 
     @classmethod
     def of(cls, record: TableRecord) -> TableDetail:
@@ -209,7 +211,7 @@ class Prediction(BaseModel):
 
     table: str
     device: str
-    runtime: Runtime
+    runtime: TableRuntime
     dtype: Dtype
     batch_size: int
     predicted_ms: float
@@ -279,9 +281,11 @@ class DatasetPublic(BaseModel):
     """A dataset that jobs may name."""
 
     id: str
-    summary: str
     num_classes: int | None
-    splits: dict[str, int | None] = Field(description="Images per split, null where they are not counted.")
+    splits: dict[str, int | None] = Field(
+        description="Images per split, null where they are not counted; splits it cannot offer are left out."
+    )
+    problem: str | None = Field(description="Why it cannot be used now.")
 
 
 class Datasets(BaseModel):

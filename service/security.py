@@ -108,7 +108,9 @@ class Gatekeeper:
             )
         if method not in SAFE_METHODS and self._is_cross_origin(headers, host):
             return Problem(
-                403, "cross_origin", "A page of another origin may not change anything here; use the page of this server."
+                403,
+                "cross_origin",
+                "A page of another origin may not change anything here; use the page of this server.",
             )
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.max_body_bytes:

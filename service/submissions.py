@@ -87,14 +87,16 @@ def _check_search(job: SearchJob, geometry: ModelGeometry, store: Store) -> None
             if block >= geometry.depth:
                 with naming_field(f"/space/locations/{number}"):
                     raise ConfigError(
-                        f"{job.model.name} has blocks 0 to {geometry.depth - 1}, but got location {block}; name one of them."
+                        f"{job.model.name} has blocks 0 to {geometry.depth - 1}, but got {block}; name one of them."
                     )
     for number, other in enumerate(job.warm_start_from):
         with naming_field(f"/warm_start_from/{number}"):
             try:
                 kind = store.get_job(other).kind
             except NotFoundError as error:
-                raise UnknownNameError(f"Unknown job {other!r}; warm_start_from takes ids of earlier searches.") from error
+                raise UnknownNameError(
+                    f"Unknown job {other!r}; warm_start_from takes ids of earlier searches."
+                ) from error
             if kind != "search":
                 raise ConfigError(f"Job {other!r} is a {kind} job, but warm_start_from takes ids of searches.")
 
@@ -139,7 +141,9 @@ def _check_device(device: str, store: Store) -> None:
 def _check_model(spec: ModelSpec) -> ModelGeometry:
     # Only names of timm's own registry: its prefixes for files and hubs would let a job name paths and URLs.
     if not timm.is_model(spec.name.split(".")[0]) or ":" in spec.name or "/" in spec.name:
-        raise UnknownNameError.of("model", spec.name, timm.list_models(), hint="GET /api/v1/models lists those supported.")
+        raise UnknownNameError.of(
+            "model", spec.name, timm.list_models(), hint="GET /api/v1/models lists those supported."
+        )
     _check_kwargs(spec.kwargs)
     for side in (spec.img_size,) if isinstance(spec.img_size, int) else spec.img_size or ():
         if side > MAX_IMG_SIZE_PX:
@@ -204,5 +208,3 @@ def _check_classes(dataset_id: str, geometry: ModelGeometry) -> None:
             f"Dataset {dataset_id!r} has {num_classes} classes, but the model tells {geometry.num_classes} apart; "
             "name a model or checkpoint trained on it, or set num_classes."
         )
-
-

@@ -107,8 +107,9 @@ class Supervisor:
             process.wait(self.grace_s)
         except subprocess.TimeoutExpired:
             logger.warning(
-                "The controller did not stop within %.0f s and is killed; its jobs go on at the next start.", self.grace_s,
+                "The controller did not stop within %.0f s and is killed; its jobs go on at the next start.",
+                self.grace_s,
                 extra={"action": "kill_controller"},
-            )  # fmt: skip
+            )
             process.kill()
             process.wait(KILL_WAIT_S)

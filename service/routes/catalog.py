@@ -8,8 +8,9 @@ import timm
 from fastapi import APIRouter
 from timm.models import is_model_pretrained
 
+from prunefront.errors import DatasetError
 from prunefront.registry import get_method, list_methods
-from prunefront.training.data import list_datasets
+from prunefront.training.data import dataset_info, list_datasets
 from service.checkpoints import list_checkpoints
 from service.deps import SettingsDep
 from service.schemas import (
@@ -42,7 +43,7 @@ def list_reduction_methods() -> Methods:
 
 @router.get("/datasets", summary="List datasets")
 def list_registered_datasets() -> Datasets:
-    return Datasets(items=[DatasetPublic.model_validate(info, from_attributes=True) for info in list_datasets()])
+    return Datasets(items=[_dataset(dataset_id) for dataset_id in list_datasets()])
 
 
 @cache
@@ -62,3 +63,12 @@ def _method(name: str) -> MethodPublic:
         options=method.parse_options({}),
         needs_class_token=set(method.ops) <= set(method.ranking_ops),
     )
+
+
+def _dataset(dataset_id: str) -> DatasetPublic:
+    try:
+        info = dataset_info(dataset_id)
+    except DatasetError as error:
+        return DatasetPublic(id=dataset_id, num_classes=None, splits={}, problem=str(error))
+    splits = {name: split.num_images for name, split in info.splits.items() if split is not None}
+    return DatasetPublic(id=dataset_id, num_classes=info.num_classes, splits=splits, problem=None)

@@ -38,8 +38,7 @@ async def watch_job(
     The stream begins with the job as it is and the events after `Last-Event-ID`, sends a comment every 15 s while
     nothing happens, and ends with `end` once the job has ended.
     """
-    after = int(last_event_id) if (last_event_id or "").isascii() and (last_event_id or "").isdigit() else 0
-    after = min(after, MAX_EVENT_ID)
+    after = _event_id(last_event_id)
     yield ServerSentEvent(event="job", data=JobPublic.of(job).model_dump(mode="json"), retry=RETRY_MS)
     seen = job.updated_at
     while not request.app.state.is_stopping.is_set():
@@ -63,3 +62,8 @@ async def watch_job(
             yield ServerSentEvent(event="end", data={"state": job.state})
             break
         await anyio.sleep(max(0.0, settings.event_poll_s - (time.monotonic() - started)))
+
+
+def _event_id(header: str | None) -> int:
+    # Whatever else a client remembers is no id of ours: it gets everything.
+    return min(int(header), MAX_EVENT_ID) if header and header.isascii() and header.isdigit() else 0

@@ -65,7 +65,7 @@ def get_best(
         raise Problem(
             409,
             "front_empty",
-            f"Job {job.id} has no measured point at fidelity {front.fidelity} yet; wait for it, or ask for another fidelity.",
+            f"Job {job.id} has no measured point at fidelity {front.fidelity}; wait for it, or name another fidelity.",
         )
     try:
         point = pick_best(front, max_latency_ms=max_latency_ms, min_top1=min_top1, min_speedup=min_speedup)
@@ -92,5 +92,3 @@ def best_fidelity(candidates: list[CandidateRecord]) -> Fidelity:
     """The best fidelity that any candidate but the dense ones has reached."""
     reached = {e.fidelity for candidate in candidates for e in candidate.evaluations if candidate.measurements}
     return next((fidelity for fidelity in FIDELITIES if fidelity in reached), "screened")
-
-

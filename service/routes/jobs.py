@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 
 from search.documents import Job, JobAdapter, MeasureJob, SearchJob, TableJob
+from service.artifacts import contained_path
 from service.deps import Cursor, JobDep, JobId, Limit, SettingsDep, StoreDep
 from service.schemas import JobKind, JobPage, JobPublic, JobStateName
 from service.settings import Settings
@@ -60,14 +61,11 @@ def get_job(job: JobDep) -> JobPublic:
 
 @router.delete("/{job_id}", status_code=204, summary="Delete a finished job, its results and its files")
 def delete_job(job: JobDep, store: StoreDep, settings: SettingsDep) -> None:
-    artifacts = store.list_artifacts(job.id)
-    store.delete_job(job.id)
     # Rows first: a file without a row wastes space, a row without its file would break a download.
-    root = settings.artifacts_dir.resolve()
-    for artifact in artifacts:
-        path = settings.data_dir / artifact.path
-        if path.resolve().is_relative_to(settings.data_dir.resolve()):
+    for name in store.delete_job(job.id):
+        if (path := contained_path(settings, name)) is not None:
             path.unlink(missing_ok=True)
+    root = settings.artifacts_dir.resolve()
     folder = root / job.id
     if folder.parent == root and folder.is_dir():
         shutil.rmtree(folder)

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from prunefront import PruneConfig
+from service.artifacts import contained_path
 from service.deps import Cursor, JobDep, Limit, SettingsDep, StoreDep, TrialDep
 from service.problems import Problem
 from service.schemas import TrialDetail, TrialPage, TrialPublic
@@ -98,10 +99,12 @@ def get_trial_checkpoint(job: JobDep, trial: TrialDep, store: StoreDep, settings
             404, "no_checkpoint", f"Candidate {trial.number} was not fine-tuned; its config fits the dense weights."
         )
     artifact = artifacts[-1]
-    path = (settings.data_dir / artifact.path).resolve()
-    if not path.is_relative_to(settings.data_dir.resolve()) or not path.is_file():
+    path = contained_path(settings, artifact.path)
+    if path is None or not path.is_file():
         raise Problem(
-            410, "checkpoint_gone", f"The weights of candidate {trial.number} are no longer on this server; retry the job."
+            410,
+            "checkpoint_gone",
+            f"The weights of candidate {trial.number} are no longer on this server; run it again.",
         )
     return FileResponse(
         path,

@@ -1,0 +1,97 @@
+"""Latency tables: measured by jobs, pushed by devices, imported from CSV."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from latency_tables.predict import predict_latency_ms
+from latency_tables.schema import LatencyTable, parse_table
+from service.deps import Cursor, Limit, StoreDep
+from service.problems import Problem
+from service.schemas import Prediction, PredictRequest, TableDetail, TablePage, TablePublic
+from store import Store, TableRecord
+
+router = APIRouter(prefix="/latency-tables", tags=["latency tables"])
+
+TableId = Annotated[str, Path(min_length=1, max_length=64, description="Id of a latency table.")]
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Import or push a table",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/LatencyTable"}}},
+        }
+    },
+)
+async def import_table(
+    request: Request,
+    store: StoreDep,
+    response: Response,
+    source: Annotated[Literal["import", "push"], Query(description="How the table came here.")] = "import",
+) -> TablePublic:
+    """Store a table (`prunefront/latency-table/1`); searches use the newest one that fits."""
+    body = await request.body()
+    record = await run_sync(_import, body, store, source)
+    response.headers["Location"] = f"/api/v1/latency-tables/{record.id}"
+    return TablePublic.of(record)
+
+
+@router.get("", summary="List tables, newest first")
+def list_tables(store: StoreDep, limit: Limit = 50, cursor: Cursor = None) -> TablePage:
+    records, next_cursor = store.list_tables(limit=limit, cursor=cursor)
+    return TablePage(items=[TablePublic.of(record) for record in records], next_cursor=next_cursor)
+
+
+@router.get("/{table_id}", summary="One table with its entries")
+def get_table(table_id: TableId, store: StoreDep) -> TableDetail:
+    return TableDetail.of(store.get_table(table_id))
+
+
+@router.delete("/{table_id}", status_code=204, summary="Delete a table")
+def delete_table(table_id: TableId, store: StoreDep) -> None:
+    store.delete_table(table_id)
+
+
+@router.post("/{table_id}/predict", summary="Look up the latency of a config")
+def predict(table_id: TableId, body: PredictRequest, store: StoreDep) -> Prediction:
+    """Predicted, not measured: the error a table may claim is in its `validation`."""
+    record = store.get_table(table_id)
+    return Prediction(
+        table=record.id,
+        device=record.device_name,
+        runtime=record.runtime,
+        dtype=record.dtype,
+        batch_size=record.batch_size,
+        predicted_ms=predict_latency_ms(parse_table(record.document, record.name), body.config),
+    )
+
+
+def _import(body: bytes, store: Store, source: str) -> TableRecord:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, "json_invalid", "The body is not valid JSON; send one latency table.") from error
+    return save(parse_table(document), store, source)
+
+
+def save(table: LatencyTable, store: Store, source: str) -> TableRecord:
+    """Store a table under the key by which searches find it."""
+    return store.save_table(
+        table.model_dump(mode="json"),
+        name=table.name,
+        device_name=table.device.name,
+        fingerprint=table.device.fingerprint(),
+        block_key=table.block_key,
+        runtime=table.runtime,
+        dtype=table.dtype,
+        batch_size=table.batch_size,
+        source=source,
+    )
