@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import gc
+import itertools
 import math
 import os
 import random
@@ -37,6 +39,8 @@ Forward = Callable[[Tensor], Any]
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED_RUNTIMES = ("eager", "compile")
+
+STOPPED = "Measuring was stopped on request; start again to go on."
 
 WHOLE = "forward"  # Name of the only lap of a whole model.
 CANARY_WINDOW = 5  # Canary samples whose median says how fast the machine is at a moment.
@@ -68,7 +72,7 @@ class MeasureSettings:
     min_rounds: int = 10
     max_rounds: int = 50
     target_s: float = 2.0  # Sampling time per subject that is enough; bounds the rounds of fast subjects.
-    canary_every: int = 4  # Subjects between two samples of the canary.
+    canary_share: float = 0.2  # Of the sampling time goes to the canary.
     max_relative_iqr: float = 0.10  # torch.utils.benchmark warns from the same value on.
     max_canary_drift: float = 0.25  # Range of the smoothed canary over its median; more cannot be cancelled.
     attempts: int = 3
@@ -243,7 +247,7 @@ def measuring(device: torch.device) -> Iterator[None]:
 class LapSamples:
     """Drift-cancelled samples of one subject, by lap name, and how the run around them went."""
 
-    laps: dict[str, tuple[float, ...]]  # Milliseconds, in the order taken.
+    laps: dict[str, tuple[float, ...]]  # Milliseconds, one value per run; laps of one name within a run are averaged.
     canary_ms: float
     canary_drift: float  # Range of the smoothed canary over its median.
     foreign_cpu: float | None  # Share of the machine that other processes used meanwhile; None where unknown.
@@ -276,7 +280,7 @@ def interleave(
     order = random.Random(seed)
     canary_at: list[int] = []
     canary_ms: list[float] = []
-    taken: list[tuple[int, str, list[tuple[str, float]]]] = []
+    taken: list[tuple[str, dict[str, float]]] = []
     usage = _CpuUsage()
 
     def time_canary() -> None:
@@ -284,39 +288,49 @@ def interleave(
         canary_ms.append(sum(ms for _, ms in stopwatch.sample(canary)))
 
     time_canary()
-    since_canary = 0
-    while any(left.values()):
-        keys = [key for key, count in left.items() if count > 0]
+    since_canary_ms = 0.0
+    while keys := [key for key, count in left.items() if count > 0]:
         order.shuffle(keys)
         for key in keys:
             if should_stop is not None and should_stop():
-                raise MeasurementStoppedError("Measuring was stopped on request; start again to go on.")
-            taken.append((len(taken), key, stopwatch.sample(subjects[key])))
+                raise MeasurementStoppedError(STOPPED)
+            laps = stopwatch.sample(subjects[key])
+            taken.append((key, _mean_by_name(laps)))
             left[key] -= 1
-            since_canary += 1
-            if since_canary >= settings.canary_every:
+            since_canary_ms += sum(ms for _, ms in laps)
+            if since_canary_ms * settings.canary_share >= canary_ms[-1] * (1.0 - settings.canary_share):
                 time_canary()
-                since_canary = 0
+                since_canary_ms = 0.0
             if progress is not None:
                 progress(len(taken), total, key)
     time_canary()
 
     smooth = _running_median(canary_ms, CANARY_WINDOW)
     reference = statistics.median(canary_ms)
+    slowness = np.interp([at + 0.5 for at in range(len(taken))], canary_at, smooth) / reference
+    samples: dict[str, dict[str, list[float]]] = {key: {} for key in subjects}
+    for (key, means), factor in zip(taken, slowness, strict=True):
+        for name, ms in means.items():
+            samples[key].setdefault(name, []).append(ms / float(factor))
     drift = (max(smooth) - min(smooth)) / reference
-    slowness = np.interp([at + 0.5 for at, _, _ in taken], canary_at, smooth) / reference
-    laps: dict[str, dict[str, list[float]]] = {key: {} for key in subjects}
-    for (_, key, marks), factor in zip(taken, slowness, strict=True):
-        for name, ms in marks:
-            laps[key].setdefault(name, []).append(ms / float(factor))
     foreign = usage.foreign_share()
     return {
         key: LapSamples(
-            laps={name: tuple(values) for name, values in of.items()},
-            canary_ms=reference, canary_drift=drift, foreign_cpu=foreign,
+            laps={name: tuple(values) for name, values in by_name.items()},
+            canary_ms=reference,
+            canary_drift=drift,
+            foreign_cpu=foreign,
         )
-        for key, of in laps.items()
-    }  # fmt: skip
+        for key, by_name in samples.items()
+    }
+
+
+def _mean_by_name(laps: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Mean, not median: what makes one block of a chain slow makes it slow in a whole model as well."""
+    groups: dict[str, list[float]] = {}
+    for name, ms in laps:
+        groups.setdefault(name, []).append(ms)
+    return {name: statistics.fmean(values) for name, values in groups.items()}
 
 
 def _running_median(values: Sequence[float], window: int) -> list[float]:
@@ -325,12 +339,21 @@ def _running_median(values: Sequence[float], window: int) -> list[float]:
 
 
 def summarise(
-    samples: Sequence[float], run: LapSamples, settings: MeasureSettings, *, peak_memory_mib: float | None = None
+    samples: Sequence[float],
+    run: LapSamples,
+    settings: MeasureSettings,
+    *,
+    peak_memory_mib: float | None = None,
+    negligible_ms: float = 0.0,
 ) -> Measurement:
-    """Median, spread and percentiles of the samples, and whether they are too noisy to be used."""
+    """Median, spread and percentiles of the samples, and whether they are too noisy to be used.
+
+    Args:
+        negligible_ms: A spread that does not matter however large it is beside the median.
+    """
     p10, q1, median, q3, p90, p99 = (float(q) for q in np.percentile(samples, (10, 25, 50, 75, 90, 99)))
     reasons = []
-    if q3 - q1 > settings.max_relative_iqr * median:
+    if q3 - q1 > max(settings.max_relative_iqr * median, negligible_ms):
         reasons.append(
             f"the interquartile range is {(q3 - q1) / median:.0%} of the median (at most "
             f"{settings.max_relative_iqr:.0%} is allowed)"
@@ -343,19 +366,81 @@ def summarise(
     if reasons and run.foreign_cpu is not None and run.foreign_cpu > 0.05:
         reasons.append(f"other processes used {run.foreign_cpu:.0%} of the CPU; close them and measure again")
     return Measurement(
-        median_ms=median, iqr_ms=q3 - q1, p10_ms=p10, p90_ms=p90, p99_ms=p99, num_samples=len(samples),
-        canary_ms=run.canary_ms, speedup=run.canary_ms / median if median > 0 else math.inf,
-        peak_memory_mib=peak_memory_mib, state="noisy" if reasons else "ok", reason="; ".join(reasons) or None,
-    )  # fmt: skip
-
-
-def relative_iqr(measurement: Measurement) -> float:
-    return measurement.iqr_ms / measurement.median_ms if measurement.median_ms > 0 else math.inf
+        median_ms=median,
+        iqr_ms=q3 - q1,
+        p10_ms=p10,
+        p90_ms=p90,
+        p99_ms=p99,
+        num_samples=len(samples),
+        canary_ms=run.canary_ms,
+        speedup=run.canary_ms / median if median > 0 else math.inf,
+        peak_memory_mib=peak_memory_mib,
+        state="noisy" if reasons else "ok",
+        reason="; ".join(reasons) or None,
+    )
 
 
 def rounds_for(sample_ms: float, settings: MeasureSettings) -> int:
     """Rounds that fill ``target_s``, within the allowed range."""
     return max(settings.min_rounds, min(settings.max_rounds, math.ceil(settings.target_s * 1e3 / max(sample_ms, 1e-3))))
+
+
+def measure_subjects(
+    subjects: Mapping[str, Subject],
+    *,
+    canary: Subject,
+    stopwatch: Stopwatch,
+    settings: MeasureSettings,
+    rounds: Mapping[str, int] | None = None,
+    peak_memory: Mapping[str, float | None] | None = None,
+    negligible_ms: float = 0.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> dict[str, dict[str, Measurement]]:
+    """Interleave warm subjects, and again those that were noisy, up to ``settings.attempts`` times.
+
+    Returns:
+        Per subject a measurement per lap name: its first quiet attempt, or the least noisy one, with the reason.
+    """
+    best: dict[str, dict[str, Measurement]] = {}
+    todo = list(subjects)
+    for attempt in range(settings.attempts):
+        runs = interleave(
+            {key: subjects[key] for key in todo},
+            canary=canary,
+            stopwatch=stopwatch,
+            settings=settings,
+            rounds=rounds,
+            seed=seed + attempt,
+            progress=_attempt_progress(progress, settings.attempts, attempt),
+            should_stop=should_stop,
+        )
+        for key, run in runs.items():
+            for lap, samples in run.laps.items():
+                measured = summarise(
+                    samples, run, settings,
+                    peak_memory_mib=(peak_memory or {}).get(key), negligible_ms=negligible_ms,
+                )  # fmt: skip
+                known = best.setdefault(key, {}).get(lap)
+                best[key][lap] = measured if known is None else _quieter(known, measured)
+        todo = [key for key in todo if any(measured.state == "noisy" for measured in best[key].values())]
+        if not todo:
+            break
+    return {
+        key: {
+            lap: dataclasses.replace(m, reason=f"after {settings.attempts} attempts {m.reason}") if m.reason else m
+            for lap, m in best[key].items()
+        }
+        for key in subjects
+    }
+
+
+def _quieter(known: Measurement, new: Measurement) -> Measurement:
+    """The attempt to keep: a quiet one over a noisy one, then the one with less spread."""
+    if known.state != new.state:
+        return known if known.state == "ok" else new
+    return known if known.iqr_ms * new.median_ms <= new.iqr_ms * known.median_ms else new
 
 
 def measure_models(
@@ -408,63 +493,58 @@ def measure_models(
         rounds: dict[str, int] = {}
         for number, (key, model) in enumerate(models.items()):
             if should_stop is not None and should_stop():
-                raise MeasurementStoppedError("Measuring was stopped on request; start again to go on.")
+                raise MeasurementStoppedError(STOPPED)
             if progress is not None:
                 progress(0.5 * number / len(models), 1.0, f"warming up {key}")
             forward = prepare_model(ready[key], runtime, dtype, device) if key in ready else cast(Forward, model)
             subjects[key] = whole_model(forward, inputs)
-            for _ in range(settings.warmup_rounds):
-                last = sum(ms for _, ms in watch.sample(subjects[key]))
+            sample_ms = warm_up(subjects[key], watch, settings)
             memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key))
-            rounds[key] = rounds_for(last, settings)
+            rounds[key] = rounds_for(sample_ms, settings)
 
-        best: dict[str, Measurement] = {}
-        todo = list(models)
-        for attempt in range(settings.attempts):
-            runs = interleave(
-                {key: subjects[key] for key in todo}, canary=subjects[canary], stopwatch=watch, settings=settings,
-                rounds=rounds, seed=seed + attempt, should_stop=should_stop,
-                progress=_second_half(progress, settings.attempts, attempt),
-            )  # fmt: skip
-            for key, run in runs.items():
-                measured = summarise(run.laps[WHOLE], run, settings, peak_memory_mib=memory[key])
-                best[key] = better(best.get(key), measured)
-            todo = [key for key in todo if best[key].state == "noisy"]
-            if not todo:
-                break
-    return {key: best[key] for key in models}
+        def second_half(done: float, total: float, message: str) -> None:
+            if progress is not None:
+                progress(0.5 + 0.5 * done / total, 1.0, f"measuring {message}")
+
+        measured = measure_subjects(
+            subjects,
+            canary=subjects[canary],
+            stopwatch=watch,
+            settings=settings,
+            rounds=rounds,
+            peak_memory=memory,
+            seed=seed,
+            progress=second_half,
+            should_stop=should_stop,
+        )
+    return {key: measured[key][WHOLE] for key in models}
 
 
-def better(known: Measurement | None, new: Measurement) -> Measurement:
-    """The attempt to keep: a quiet one over a noisy one, then the one with less spread."""
-    if known is None:
-        return new
-    if known.state != new.state:
-        return known if known.state == "ok" else new
-    return known if relative_iqr(known) <= relative_iqr(new) else new
+def warm_up(subject: Subject, stopwatch: Stopwatch, settings: MeasureSettings) -> float:
+    """Run a subject until it is warm; milliseconds of its last run."""
+    last = 0.0
+    for _ in range(max(1, settings.warmup_rounds)):
+        last = sum(ms for _, ms in stopwatch.sample(subject))
+    return last
 
 
 def whole_model(forward: Forward, inputs: Sequence[Tensor]) -> Subject:
     """A subject of one lap; several batches take turns."""
-    turn = {"next": 0}
+    turns = itertools.cycle(inputs)
 
     def subject(lap: Lap) -> None:
-        batch = inputs[turn["next"] % len(inputs)]
-        turn["next"] += 1
-        forward(batch)
+        forward(next(turns))
         lap(WHOLE)
 
     return subject
 
 
-def _second_half(progress: Progress | None, attempts: int, attempt: int) -> Progress | None:
-    """Map sampling onto the second half of a bar; further attempts re-use its end."""
-    if progress is None:
-        return None
-    again = "" if attempt == 0 else f" (attempt {attempt + 1} of {attempts}, it was noisy)"
+def _attempt_progress(progress: Progress | None, attempts: int, attempt: int) -> Progress | None:
+    if progress is None or attempt == 0:
+        return progress
 
     def report(done: float, total: float, message: str) -> None:
-        progress(0.5 + 0.5 * done / total, 1.0, f"measuring {message}{again}")
+        progress(total, total, f"{message} again, attempt {attempt + 1} of {attempts}: it was noisy")
 
     return report
 

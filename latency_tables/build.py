@@ -1,0 +1,543 @@
+"""Build a latency table: time the parts of a model's blocks at chosen token counts, then a few whole models.
+
+Halves of blocks are timed inside a running chain of the model's own blocks, so that weights come from where they come
+from in the model, and allocator and caches are in their usual state. Every run is interleaved with the dense model,
+and brought to one speed of the machine by it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from latency_tables.correction import WholeModel, fit_correction
+from latency_tables.device import DeviceInfo, describe_device, torch_device
+from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from latency_tables.interpolation import interpolate
+from latency_tables.measure import (
+    STOPPED,
+    TORCH_DTYPES,
+    WHOLE,
+    CompiledForward,
+    Forward,
+    Lap,
+    Measurement,
+    MeasureSettings,
+    Progress,
+    ShouldStop,
+    Stopwatch,
+    Subject,
+    cast_modules,
+    measure_subjects,
+    measuring,
+    peak_memory_mib,
+    prepare_model,
+    rounds_for,
+    stopwatch_for,
+    use_shared_compile_cache,
+    warm_up,
+    whole_model,
+)
+from latency_tables.partial import FinishedGroup, PartialFile, rescaled
+from latency_tables.parts import (
+    ATTENTION,
+    HEAD,
+    MLP,
+    SIZED_ATTENTION,
+    STEM,
+    AttentionHalf,
+    Head,
+    MlpHalf,
+    ReducingBlock,
+    ReductionKind,
+    Stem,
+    measured_kinds,
+)
+from latency_tables.predict import Predictor
+from latency_tables.schedules import random_configs
+from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime
+from prunefront.compress import compress, create_dense
+from prunefront.config import ModelSpec, PruneConfig
+from prunefront.geometry import ModelGeometry, block_key, geometry_of
+from prunefront.schedule import plan_schedule
+
+logger = logging.getLogger(__name__)
+
+# No seed of a validation (below 2**32) draws these schedules.
+CORRECTION_SEED = 2**32 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """What a build measures. `settings_for` chooses by device and runtime."""
+
+    token_shares: tuple[float, ...]  # First token counts, as shares of all tokens.
+    max_token_counts: int  # Adaptive refinement stops there.
+    least_gap: int = 8  # Token counts closer than this are not refined between.
+    tolerance: float = 0.02  # Interpolation error of a block that is good enough, relative.
+    reduction_tokens: tuple[float, ...] = (1.0, 0.5, 0.125)  # Tokens entering a timed reduction, as shares.
+    reduction_removed: tuple[float, ...] = (0.1, 0.45)  # Patch tokens it removes, as shares of those present.
+    reduction_blocks: int = 3  # Blocks per sample of a reduction.
+    few_kinds: bool = False  # Leave out reductions that another one stands in for.
+    num_whole_models: int = 10  # For the correction.
+    blocks: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=40, target_s=0.6)
+    reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=5, max_rounds=20, target_s=0.15)
+    models: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=40, target_s=1.0)
+
+
+def settings_for(device: torch.device, runtime: str) -> BuildSettings:
+    """Dense where the device has steps (GPUs: tiles of 16 tokens), sparse and adaptive elsewhere.
+
+    Every entry of ``compile`` costs a compilation of seconds, so there few points are taken: latency is smooth in
+    tokens, and the correction on compiled whole models takes out what is common to all entries.
+    """
+    if runtime == "compile":
+        return BuildSettings(
+            token_shares=(0.0, 0.25, 0.5, 1.0),
+            max_token_counts=4,
+            reduction_tokens=(1.0,),
+            reduction_removed=(0.3,),
+            few_kinds=True,
+            num_whole_models=3,
+        )
+    if device.type == "cuda":
+        return BuildSettings(
+            token_shares=(0.0, *(step / 16 for step in range(1, 17))), max_token_counts=64, least_gap=2
+        )
+    return BuildSettings(token_shares=(0.0, 0.125, 0.25, 0.5, 0.75, 1.0), max_token_counts=20)
+
+
+def build_table(
+    spec: ModelSpec,
+    *,
+    device: str = "cpu",
+    runtime: Runtime = "eager",
+    dtype: Dtype = "fp32",
+    batch_size: int,
+    partial_path: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+    settings: BuildSettings | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> LatencyTable:
+    """Measure the table of a model's blocks on this machine.
+
+    Args:
+        spec: The model; weights do not matter and are random.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        partial_path: Finished entries are appended to this file; a build that finds one of its own kind goes on where
+            it ended. It is deleted when the table is complete.
+        progress: Told the share done (of 1.0); the message ends with the time left.
+        should_stop: Asked between samples.
+        settings: What to measure, in place of `settings_for`'s choice.
+        stopwatch: Injected by tests.
+
+    Raises:
+        LatencyTableError: If the device, runtime or dtype cannot be measured, memory does not suffice, or the partial
+            file belongs to another build.
+        MeasurementStoppedError: When stopped; finished entries are in the partial file.
+        ModelError, UnknownNameError: If the model is not supported or unknown.
+    """
+    target = torch_device(device)
+    if runtime == "compile":
+        use_shared_compile_cache()
+    build = _Build(
+        spec=spec,
+        device=target,
+        runtime=runtime,
+        dtype=dtype,
+        batch_size=batch_size,
+        info=describe_device(device),
+        settings=settings or settings_for(target, runtime),
+        stopwatch=stopwatch or stopwatch_for(target),
+        progress=progress,
+        should_stop=should_stop,
+    )
+    try:
+        with measuring(target):
+            return build.run(partial_path)
+    except torch.OutOfMemoryError as error:
+        raise LatencyTableError(
+            f"{spec.name!r} does not fit into the memory of {device} at batch size {batch_size} in {dtype}. "
+            "Choose a smaller batch size."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """A subject to run and the entries its laps become."""
+
+    subject: Subject
+    entries: Mapping[str, tuple[str, int, int]]  # Lap name → entry key.
+    module: nn.Module | None = None  # Whose weights count as memory.
+
+
+class _Build:
+    """One build: the model, what is finished, and the stages in order."""
+
+    # Shares of the whole duration, as measured for DeiT-S on a CPU; they only shape the progress bar.
+    _STAGES = {"blocks": 0.35, "reductions": 0.35, "whole models": 0.30}
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        device: torch.device,
+        runtime: Runtime,
+        dtype: Dtype,
+        batch_size: int,
+        info: DeviceInfo,
+        settings: BuildSettings,
+        stopwatch: Stopwatch,
+        progress: Progress | None,
+        should_stop: ShouldStop | None,
+    ) -> None:
+        self.spec, self.device, self.runtime, self.dtype, self.batch_size = spec, device, runtime, dtype, batch_size
+        self.info, self.settings, self.stopwatch = info, settings, stopwatch
+        self._progress, self._should_stop = progress, should_stop
+        self._started = time.monotonic()
+        self._skipped_share = 0.0
+        dense = create_dense(spec)
+        self.model = cast(VisionTransformer, cast_modules([dense], TORCH_DTYPES[dtype], device)[0].eval())
+        self.geometry: ModelGeometry = geometry_of(self.model)
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch_size, self.geometry.in_chans, *self.geometry.img_size)
+        self.images = torch.randn(shape, generator=generator).to(device=device, dtype=TORCH_DTYPES[dtype])
+        self.blocks = cast(Sequence[Block], list(self.model.blocks))
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    def run(self, partial_path: str | PathLike[str] | None) -> LatencyTable:
+        self._report("blocks", 0.0, f"warming up {self.spec.name}")
+        self.partial = PartialFile(partial_path, self._header())
+        self.done = {entry.key for group in self.partial.groups for entry in group.entries}
+        self.canary = whole_model(self._ready(self.model), [self.images])
+        warm_up(self.canary, self.stopwatch, MeasureSettings())
+        # Tokens as the stem makes them: realistic values, without denormal numbers.
+        self.tokens: Tensor = Stem(self.model)(self.images)
+        self._measure_blocks()
+        self._measure_reductions()
+        table = self._table()
+        self._measure_whole_models(table)
+        table = self._table()
+        noisy = table.noisy_entries
+        if noisy:
+            logger.warning(
+                "%d of %d entries are noisy; measure again on a quieter machine", len(noisy), len(table.entries),
+                extra={"action": "build_table", "noisy_entries": len(noisy), "reason": noisy[0].reason},
+            )  # fmt: skip
+        self.partial.delete()
+        self._report("whole models", 1.0, "done")
+        return table
+
+    def _measure_blocks(self) -> None:
+        settings = self.settings
+        least = self.geometry.num_prefix_tokens + 1
+        most = self.geometry.num_tokens
+        counts = sorted({max(least, round(share * most)) for share in settings.token_shares})
+        ends = [self._stem(), self._head(most), self._head(max(least, most // 4))]
+        sized = [self._chain(count, sized=True) for count in counts]
+        self._group("blocks", [*(self._chain(count) for count in counts), *ends, *sized], settings.blocks, 0.0, 0.6)
+        # Refine between two counts until the middle lies on the line between them.
+        open_gaps = list(itertools.pairwise(counts))
+        share = 0.6
+        while open_gaps and len(counts) < settings.max_token_counts:
+            middles = {
+                (low + high) // 2: (low, high) for low, high in open_gaps if high - low >= 2 * settings.least_gap
+            }
+            middles = dict(list(middles.items())[: settings.max_token_counts - len(counts)])
+            if not middles:
+                break
+            self._group("blocks", [self._chain(at) for at in middles], settings.blocks, share, min(1.0, share + 0.2))
+            share = min(1.0, share + 0.2)
+            open_gaps = []
+            for middle, (low, high) in middles.items():
+                if self._interpolation_error(low, middle, high) > settings.tolerance:
+                    open_gaps += [(low, middle), (middle, high)]
+            counts = sorted({*counts, *middles})
+
+    def _measure_reductions(self) -> None:
+        settings = self.settings
+        kinds = measured_kinds(self.geometry, few=settings.few_kinds)
+        prefix = self.geometry.num_prefix_tokens
+        for number, row in enumerate(settings.reduction_tokens):
+            tokens = max(prefix + 2, round(row * self.geometry.num_tokens))
+            planned: dict[tuple[str, int, int], _Planned] = {}
+            for kind, removed in itertools.product(kinds, settings.reduction_removed):
+                one = self._reduction(kind, tokens, removed)
+                if one is not None:
+                    planned[next(iter(one.entries.values()))] = one
+            rows = len(settings.reduction_tokens)
+            self._group("reductions", list(planned.values()), settings.reductions, number / rows, (number + 1) / rows)
+
+    def _measure_whole_models(self, table: LatencyTable) -> None:
+        finished = {config.content_hash() for group in self.partial.groups for config, _, _ in group.whole_models}
+        predictor = Predictor(table)
+        configs = [
+            PruneConfig(model=self.spec, method="hybrid"),
+            *random_configs(
+                self.spec, self.geometry, self.settings.num_whole_models, CORRECTION_SEED,
+                cost=lambda config: predictor.predict(plan_schedule(config, self.geometry)).latency_ms,
+            ),
+        ]  # fmt: skip
+        todo = {key: config for config in configs if (key := config.content_hash()) not in finished}
+        if not todo:
+            return
+        started = time.monotonic()
+        subjects: dict[str, Subject] = {}
+        rounds: dict[str, int] = {}
+        for number, (key, config) in enumerate(todo.items()):
+            self._report("whole models", 0.3 * number / len(todo), f"warming up schedule {number + 1} of {len(todo)}")
+            self._stop_if_asked()
+            model = self.model if not config.sites else compress(self.model, config)
+            subjects[key] = self.canary if not config.sites else whole_model(self._ready(model), [self.images])
+            rounds[key] = rounds_for(warm_up(subjects[key], self.stopwatch, self.settings.models), self.settings.models)
+        measured = self._measure(subjects, rounds, {}, self.settings.models, "whole models", 0.3, 1.0)
+        self.partial.append(
+            FinishedGroup(
+                canary_ms=next(iter(measured.values()))[WHOLE].canary_ms,
+                whole_models=tuple(
+                    (config, measured[key][WHOLE].median_ms, measured[key][WHOLE].iqr_ms)
+                    for key, config in todo.items()
+                ),
+                seconds=time.monotonic() - started,
+            )
+        )
+
+    def _table(self) -> LatencyTable:
+        """The table of everything finished so far."""
+        canary_ms, entries, whole_models = rescaled(self.partial.groups)
+        name = f"{self.spec.name} {self.runtime} {self.dtype} b{self.batch_size}"
+        plain = LatencyTable(
+            name=f"{name} on {self.info.name}",
+            device=self.info,
+            runtime=self.runtime,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            block_key=block_key(self.geometry),
+            model=self.spec,
+            created_at=datetime.now(UTC),
+            build_s=round(sum(group.seconds for group in self.partial.groups), 1),
+            dense_ms=canary_ms,
+            entries=tuple(sorted(entries, key=lambda entry: entry.key)),
+        )
+        predictor = Predictor(plain)
+        models = [
+            WholeModel(
+                part_sums=predictor.predict(plan_schedule(config, self.geometry)).part_sums,
+                measured_ms=ms,
+                relative_iqr=iqr / ms,
+            )
+            for config, ms, iqr in whole_models
+        ]
+        return plain.evolve(correction=fit_correction(models))
+
+    # --- subjects -------------------------------------------------------------------------------------------------
+
+    def _ready(self, module: nn.Module) -> Forward:
+        return prepare_model(module, self.runtime, self.dtype, str(self.device))
+
+    def _chain(self, tokens: int, *, sized: bool = False) -> _Planned:
+        """All blocks one after the other on ``tokens`` tokens, a lap per half; compiled: one block's halves."""
+        x = self.tokens[:, :tokens].contiguous()
+        name = SIZED_ATTENTION if sized else ATTENTION
+        blocks = self.blocks[:1] if self.runtime == "compile" else self.blocks
+        halves: list[tuple[Forward, Forward]] = []
+        for block in blocks:
+            attention: nn.Module = AttentionHalf(block, sized=sized)
+            halves.append((self._part(attention), self._part(MlpHalf(block))))
+
+        def subject(lap: Lap) -> None:
+            h = x
+            for attention, mlp in halves:
+                h = attention(h)
+                lap(name)
+                h = mlp(h)
+                lap(MLP)
+
+        entries = {name: (name, tokens, tokens)}
+        if not sized:
+            entries[MLP] = (MLP, tokens, tokens)
+        return _Planned(subject=subject, entries=entries, module=self.blocks[0])
+
+    def _stem(self) -> _Planned:
+        stem = self._part(Stem(self.model))
+
+        def subject(lap: Lap) -> None:
+            stem(self.images)
+            lap(STEM)
+
+        return _Planned(
+            subject=subject, entries={STEM: (STEM, self.geometry.num_patch_tokens, self.geometry.num_tokens)}
+        )
+
+    def _head(self, tokens: int) -> _Planned:
+        head = self._part(Head(self.model))
+        x = self.tokens[:, :tokens].contiguous()
+
+        def subject(lap: Lap) -> None:
+            head(x)
+            lap(HEAD)
+
+        return _Planned(subject=subject, entries={HEAD: (HEAD, tokens, 1)})
+
+    def _reduction(self, kind: ReductionKind, tokens: int, removed: float) -> _Planned | None:
+        """A few reducing blocks on the same tokens, other blocks of the model in every sample."""
+        steps = kind.steps(tokens, removed, self.geometry.num_prefix_tokens)
+        if steps is None:
+            return None
+        x = self.tokens[:, :tokens].contiguous()
+        blocks = self.blocks[:1] if self.runtime == "compile" else self.blocks
+        parts = [self._part(ReducingBlock(block, kind, steps, self.geometry.num_prefix_tokens)) for block in blocks]
+        turns = itertools.cycle(parts)
+        count = min(len(parts), self.settings.reduction_blocks)
+
+        def subject(lap: Lap) -> None:
+            for part in itertools.islice(turns, count):
+                part(x)
+                lap(kind.entry)
+
+        return _Planned(
+            subject=subject,
+            entries={kind.entry: (kind.entry, tokens, steps[-1].tokens_out)},
+            module=self.blocks[0],
+        )
+
+    def _part(self, module: nn.Module) -> Forward:
+        module.eval()
+        return CompiledForward(module, self.device) if self.runtime == "compile" else module
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def _group(
+        self, stage: str, planned: Sequence[_Planned], settings: MeasureSettings, start: float, end: float
+    ) -> None:
+        """Measure what is not finished yet, as one interleaved run, and remember it."""
+        todo = {str(key): one for key, one in enumerate(planned) if set(one.entries.values()) - self.done}
+        if not todo:
+            self._skipped_share = max(self._skipped_share, self._share(stage, end))
+            return
+        started = time.monotonic()
+        memory: dict[str, float | None] = {}
+        rounds: dict[str, int] = {}
+        for number, (key, one) in enumerate(todo.items()):
+            self._stop_if_asked()
+            at = start + 0.3 * (end - start) * number / len(todo)
+            self._report(stage, at, f"warming up {_describe(one)}")
+            memory[key] = peak_memory_mib(partial(self.stopwatch.sample, one.subject), self.device, one.module)
+            rounds[key] = rounds_for(warm_up(one.subject, self.stopwatch, settings), settings)
+        measured = self._measure(
+            {key: one.subject for key, one in todo.items()}, rounds, memory, settings, stage,
+            start + 0.3 * (end - start), end, {key: _describe(one) for key, one in todo.items()},
+        )  # fmt: skip
+        entries = [
+            _entry(entry, measured[key][lap], memory[key])
+            for key, one in todo.items()
+            for lap, entry in one.entries.items()
+            if entry not in self.done
+        ]
+        canary_ms = next(iter(next(iter(measured.values())).values())).canary_ms
+        self.partial.append(
+            FinishedGroup(canary_ms=canary_ms, entries=tuple(entries), seconds=time.monotonic() - started)
+        )
+        self.done |= {entry.key for entry in entries}
+
+    def _measure(
+        self,
+        subjects: Mapping[str, Subject],
+        rounds: Mapping[str, int],
+        memory: Mapping[str, float | None],
+        settings: MeasureSettings,
+        stage: str,
+        start: float,
+        end: float,
+        names: Mapping[str, str] | None = None,
+    ) -> dict[str, dict[str, Measurement]]:
+        def report(done: float, total: float, message: str) -> None:
+            text = (names or {}).get(message, stage)
+            self._report(stage, start + (end - start) * done / total, f"measuring {text}")
+
+        # A spread of 1 % of what a block costs on average does not matter, however little the entry itself takes.
+        canary_ms = sum(ms for _, ms in self.stopwatch.sample(self.canary))
+        return measure_subjects(
+            subjects, canary=self.canary, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
+            peak_memory=memory, negligible_ms=0.01 * canary_ms / self.geometry.depth,
+            progress=report, should_stop=self._should_stop,
+        )  # fmt: skip
+
+    def _interpolation_error(self, low: int, middle: int, high: int) -> float:
+        """Relative error of the straight line at the middle, for a whole block."""
+        _, entries, _ = rescaled(self.partial.groups)
+        block_ms = {at: 0.0 for at in (low, middle, high)}
+        for entry in entries:
+            if entry.entry in (ATTENTION, MLP) and entry.tokens_in in block_ms:
+                block_ms[entry.tokens_in] += entry.median_ms
+        line = interpolate((low, high), (block_ms[low], block_ms[high]), middle)
+        return abs(line / block_ms[middle] - 1.0)
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "model": self.spec.model_dump(mode="json"),
+            "block_key": block_key(self.geometry),
+            "device": self.info.name,
+            "fingerprint": self.info.fingerprint(),
+            "versions": self.info.versions,
+            "runtime": self.runtime,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+        }
+
+    def _stop_if_asked(self) -> None:
+        if self._should_stop is not None and self._should_stop():
+            raise MeasurementStoppedError(STOPPED)
+
+    def _share(self, stage: str, within: float) -> float:
+        before = itertools.takewhile(lambda name: name != stage, self._STAGES)
+        return sum(self._STAGES[name] for name in before) + self._STAGES[stage] * within
+
+    def _report(self, stage: str, within: float, message: str) -> None:
+        if self._progress is None:
+            return
+        share = self._share(stage, within)
+        own_share = share - self._skipped_share
+        if own_share > 0.05 and share < 1.0:
+            left_s = (time.monotonic() - self._started) * (1.0 - share) / own_share
+            message = f"{message}, about {_duration(left_s)} left"
+        self._progress(share, 1.0, message)
+
+
+def _entry(key: tuple[str, int, int], measured: Measurement, peak_memory: float | None) -> LatencyEntry:
+    name, tokens_in, tokens_out = key
+    return LatencyEntry(
+        entry=name,
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        median_ms=measured.median_ms,
+        iqr_ms=measured.iqr_ms,
+        samples=measured.num_samples,
+        p10_ms=measured.p10_ms,
+        p90_ms=measured.p90_ms,
+        peak_memory_mib=peak_memory,
+        state=measured.state,
+        reason=measured.reason,
+    )
+
+
+def _describe(planned: _Planned) -> str:
+    name, tokens_in, tokens_out = next(iter(planned.entries.values()))
+    return f"{name} at {tokens_in} tokens" if tokens_in == tokens_out else f"{name} {tokens_in} -> {tokens_out}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,60 @@
+"""Piecewise linear interpolation over measured token counts. Exact on measured points, monotone where they are."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+
+
+class Curve:
+    """A value by token count; constant beyond its ends (callers refuse counts that were not measured)."""
+
+    def __init__(self, points: Mapping[int, float]) -> None:
+        self.tokens: tuple[int, ...] = tuple(sorted(points))
+        self.values: tuple[float, ...] = tuple(points[at] for at in self.tokens)
+
+    def __call__(self, tokens: float) -> float:
+        return interpolate(self.tokens, self.values, tokens)
+
+
+class Surface:
+    """A value by tokens entering and leaving: rows at measured ``tokens_in``, within a row by the share removed.
+
+    Shares, unlike counts, mean the same in every row. Beyond the outermost share or row the nearest one is taken.
+    """
+
+    def __init__(self, points: Mapping[tuple[int, int], float]) -> None:
+        rows: dict[int, dict[float, float]] = {}
+        for (tokens_in, tokens_out), value in points.items():
+            rows.setdefault(tokens_in, {})[share_removed(tokens_in, tokens_out)] = value
+        self._tokens_in = tuple(sorted(rows))
+        self._rows = tuple(
+            (tuple(sorted(rows[at])), tuple(rows[at][share] for share in sorted(rows[at]))) for at in self._tokens_in
+        )
+
+    def __call__(self, tokens_in: int, tokens_out: int) -> float:
+        share = share_removed(tokens_in, tokens_out)
+        above = bisect_left(self._tokens_in, tokens_in)
+        if above < len(self._tokens_in) and self._tokens_in[above] == tokens_in:
+            return interpolate(*self._rows[above], share)
+        if above == 0 or above == len(self._tokens_in):
+            return interpolate(*self._rows[min(above, len(self._rows) - 1)], share)
+        ends = (self._tokens_in[above - 1], self._tokens_in[above])
+        values = [interpolate(*self._rows[row], share) for row in (above - 1, above)]
+        return interpolate(ends, values, tokens_in)
+
+
+def share_removed(tokens_in: int, tokens_out: int) -> float:
+    return 1.0 - tokens_out / tokens_in
+
+
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """``ys`` at ``x`` between ascending ``xs``; constant beyond the ends. Ends of a piece are returned exactly."""
+    above = bisect_left(xs, x)
+    if above == len(xs):
+        return ys[-1]
+    if above == 0 or xs[above] == x:
+        return ys[above]
+    low, high = xs[above - 1], xs[above]
+    weight = (x - low) / (high - low)
+    return ys[above - 1] * (1.0 - weight) + ys[above] * weight

@@ -1,0 +1,279 @@
+"""Predicted latency of a schedule: one lookup per half block, reduction, stem and head, summed and corrected.
+
+Nothing is predicted that was not measured: other hardware, blocks, operations or token counts are refused with a
+sentence that says what to rebuild.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latency_tables.device import DeviceInfo
+from latency_tables.errors import LatencyTableError
+from latency_tables.interpolation import Curve, Surface
+from latency_tables.parts import (
+    ATTENTION,
+    BLOCK,
+    HEAD,
+    MLP,
+    REDUCTION_KINDS,
+    SIZED_ATTENTION,
+    STEM,
+    gives_sizes,
+    kind_name,
+)
+from latency_tables.schema import LatencyTable
+from prunefront.config import PruneConfig
+from prunefront.geometry import ModelGeometry, block_key, geometry_for
+from prunefront.registry import get_method
+from prunefront.schedule import TokenSchedule, plan_schedule
+
+logger = logging.getLogger(__name__)
+
+# Names of Correction.factors.
+PARTS = ("attention", "mlp", "reduction", "rest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPrediction:
+    """Uncorrected milliseconds of one block."""
+
+    attention_ms: float
+    reduction_ms: float
+    mlp_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A schedule's latency and what it is made of."""
+
+    latency_ms: float  # Corrected; what a whole model is expected to take.
+    rest_ms: float  # Stem and head, uncorrected like the blocks.
+    blocks: tuple[BlockPrediction, ...]
+
+    @property
+    def part_sums(self) -> dict[str, float]:
+        """Uncorrected sums by part, as `Correction.factors` names them."""
+        return {
+            "attention": sum(block.attention_ms for block in self.blocks),
+            "mlp": sum(block.mlp_ms for block in self.blocks),
+            "reduction": sum(block.reduction_ms for block in self.blocks),
+            "rest": self.rest_ms,
+        }
+
+
+class Predictor:
+    """Lookups prepared from one table; `predict` re-uses one per table."""
+
+    def __init__(self, table: LatencyTable) -> None:
+        # The table may be garbage collected while its predictor is cached, so only what is needed is kept.
+        self.name = table.name
+        self.block_key = table.block_key
+        self._correction = table.correction
+        groups = {
+            name: {(entry.tokens_in, entry.tokens_out): entry.median_ms for entry in entries}
+            for name, entries in table.entries_by_name.items()
+        }
+        for needed in (ATTENTION, MLP):
+            if needed not in groups:
+                raise LatencyTableError(
+                    f"Table {self.name!r} has no {needed!r} entries, so nothing can be predicted from it. Measure the "
+                    "attention and MLP halves of a block at several token counts, and import them again."
+                )
+        self._attention = _curve(groups[ATTENTION])
+        self._mlp = _curve(groups[MLP])
+        self.min_tokens = max(self._attention.tokens[0], self._mlp.tokens[0])
+        self.max_tokens = min(self._attention.tokens[-1], self._mlp.tokens[-1])
+        # Sizes cost a bias in attention; the extra is interpolated, since few token counts are enough for it.
+        sized = _curve(groups.get(SIZED_ATTENTION, {}))
+        self._sized_extra = Curve(
+            {at: ms - self._attention(at) for at, ms in zip(sized.tokens, sized.values, strict=True)} or {0: 0.0}
+        )
+        self._stem = {tokens_out: ms for (_, tokens_out), ms in groups.get(STEM, {}).items()}
+        self._head = Curve({tokens_in: ms for (tokens_in, _), ms in groups.get(HEAD, {}).items()} or {0: 0.0})
+        self._overhead = {
+            name.removeprefix(BLOCK): Surface(
+                {(t_in, t_out): ms - self._attention(t_in) - self._mlp(t_out) for (t_in, t_out), ms in points.items()}
+            )
+            for name, points in groups.items()
+            if name.startswith(BLOCK)
+        }
+
+    def predict(self, schedule: TokenSchedule) -> Prediction:
+        """Look a schedule up.
+
+        Raises:
+            LatencyTableError: If it needs token counts or operations that were not measured.
+        """
+        options = dict(schedule.options)
+        proportional = get_method(schedule.method).uses_size_bias(options)
+        sized = False
+        blocks = []
+        for block in schedule.blocks:
+            self._require_measured(block.index, block.tokens_in, block.tokens_out)
+            attention = self._attention(block.tokens_in)
+            if sized and proportional:
+                attention += self._sized_extra(block.tokens_in)
+            reduction = 0.0
+            if block.steps:
+                kind = kind_name(schedule.method, options, block.steps)
+                reduction = self._overhead_of(kind)(block.tokens_in, block.tokens_out)
+                sized = sized or gives_sizes(kind, block.steps)
+            blocks.append(
+                BlockPrediction(attention_ms=attention, reduction_ms=reduction, mlp_ms=self._mlp(block.tokens_out))
+            )
+        first, last = schedule.blocks[0].tokens_in, schedule.blocks[-1].tokens_out
+        plain = Prediction(latency_ms=0.0, rest_ms=self._stem_ms(first) + self._head(last), blocks=tuple(blocks))
+        return Prediction(
+            latency_ms=corrected_ms(plain.part_sums, self._correction.intercept_ms, self._correction.factors),
+            rest_ms=plain.rest_ms,
+            blocks=plain.blocks,
+        )
+
+    def _stem_ms(self, tokens: int) -> float:
+        """Stem at another image size costs in proportion to its tokens: it is one convolution over the patches."""
+        if not self._stem:
+            return 0.0
+        nearest = min(self._stem, key=lambda at: abs(at - tokens))
+        return self._stem[nearest] * tokens / nearest
+
+    def _overhead_of(self, kind: str) -> Surface:
+        wanted: str | None = kind
+        while wanted is not None:
+            if wanted in self._overhead:
+                return self._overhead[wanted]
+            wanted = REDUCTION_KINDS[wanted].like if wanted in REDUCTION_KINDS else None
+        raise LatencyTableError(
+            f"Table {self.name!r} has no entry {BLOCK + kind!r}, which this schedule needs; it knows "
+            f"{', '.join(sorted(BLOCK + known for known in self._overhead)) or 'no reductions'}. Rebuild the table, "
+            "add the entry to the CSV, or choose a method that it knows."
+        )
+
+    def _require_measured(self, block: int, tokens_in: int, tokens_out: int) -> None:
+        for half, tokens in (("attention", tokens_in), ("MLP", tokens_out)):
+            if not self.min_tokens <= tokens <= self.max_tokens:
+                raise LatencyTableError(
+                    f"The {half} of block {block} works on {tokens} tokens, but table {self.name!r} was measured for "
+                    f"{self.min_tokens} to {self.max_tokens}. Rebuild the table from a model whose token counts "
+                    f"include {tokens}, or restrict the schedule."
+                )
+
+
+def predict_latency_ms(table: LatencyTable, config: PruneConfig | TokenSchedule) -> float:
+    """Expected latency of a whole model in ms per forward pass of the table's batch size.
+
+    Args:
+        table: Measured or imported.
+        config: A config, or its schedule where the caller has it already.
+
+    Raises:
+        LatencyTableError: If the table is for other blocks, or lacks token counts or operations of the schedule.
+        ModelError, ConfigError, UnknownNameError: If the config has no schedule.
+    """
+    return predict(table, config).latency_ms
+
+
+def predict(table: LatencyTable, config: PruneConfig | TokenSchedule) -> Prediction:
+    """`predict_latency_ms` with its parts: which block and which half the time goes to."""
+    predictor = predictor_of(table)
+    if isinstance(config, TokenSchedule):
+        return predictor.predict(config)
+    geometry = geometry_for(config.model)
+    require_same_blocks(table, geometry, config.model.name)
+    return predictor.predict(plan_schedule(config, geometry))
+
+
+def corrected_ms(part_sums: Mapping[str, float], intercept_ms: float, factors: Mapping[str, float]) -> float:
+    """Corrected total, never below zero."""
+    return max(0.0, intercept_ms + sum(factors.get(part, 1.0) * ms for part, ms in part_sums.items()))
+
+
+def require_same_blocks(table: LatencyTable, geometry: ModelGeometry, name: str) -> None:
+    """Refuse a table made of other blocks.
+
+    Raises:
+        LatencyTableError: If the block types differ.
+    """
+    if block_key(geometry) != table.block_key:
+        raise LatencyTableError(
+            f"Table {table.name!r} was measured on blocks {table.block_key!r} (from {table.model.name!r}), but "
+            f"{name!r} is made of {block_key(geometry)!r}. Build a table for this model."
+        )
+
+
+def check_table_matches(
+    table: LatencyTable,
+    *,
+    device_info: DeviceInfo,
+    runtime: str,
+    dtype: str,
+    batch_size: int,
+    geometry: ModelGeometry,
+) -> list[str]:
+    """Make sure that a table may be used for a device, runtime, dtype, batch size and model.
+
+    Returns:
+        Differences that do not forbid its use (versions, driver), one sentence each; they are logged as warnings.
+
+    Raises:
+        LatencyTableError: If something that must match differs; the sentence says what and what to do.
+    """
+    pairs: list[tuple[str, Any, Any]] = [("runtime", table.runtime, runtime), ("dtype", table.dtype, dtype)]
+    pairs.append(("batch size", table.batch_size, batch_size))
+    own, wanted = table.device, device_info
+    if own.fingerprint() != wanted.fingerprint():
+        pairs += [
+            ("device kind", own.kind, wanted.kind),
+            ("device", own.name, wanted.name),
+            ("instruction sets", " ".join(own.cpu_features), " ".join(wanted.cpu_features)),
+        ]
+        if own.kind == "cpu":
+            pairs.append(("number of threads", own.threads, wanted.threads))
+    differences = [f"{what} {ours!r} instead of {theirs!r}" for what, ours, theirs in pairs if ours != theirs]
+    if differences:
+        raise LatencyTableError(
+            f"Table {table.name!r} does not fit: it was measured with {', '.join(differences)}. "
+            "Build a table here with `prunefront table build`, or choose the one made for this."
+        )
+    require_same_blocks(table, geometry, "the model")
+    if geometry.num_tokens > predictor_of(table).max_tokens:
+        raise LatencyTableError(
+            f"Table {table.name!r} reaches up to {predictor_of(table).max_tokens} tokens, but the model has "
+            f"{geometry.num_tokens}. Build a table for this model and image size."
+        )
+    warnings = [
+        f"Table {table.name!r} was measured with {package} {version}, but here is {wanted.versions[package]}."
+        for package, version in own.versions.items()
+        if package in wanted.versions and wanted.versions[package] != version
+    ]
+    if own.driver is not None and wanted.driver is not None and own.driver != wanted.driver:
+        warnings.append(f"Table {table.name!r} was measured with driver {own.driver}, but here is {wanted.driver}.")
+    for warning in warnings:
+        logger.warning("%s Run `prunefront table validate` to see whether it still holds.", warning)
+    return warnings
+
+
+def _curve(points: Mapping[tuple[int, int], float]) -> Curve:
+    return Curve({tokens_in: ms for (tokens_in, _), ms in points.items()})
+
+
+_PREDICTORS: dict[int, tuple[weakref.ref[LatencyTable], Predictor]] = {}
+
+
+def predictor_of(table: LatencyTable) -> Predictor:
+    """The table's predictor, made once: tables are immutable, and hashing one costs more than a prediction.
+
+    Raises:
+        LatencyTableError: If the table lacks entries that every prediction needs.
+    """
+    known = _PREDICTORS.get(id(table))
+    if known is not None and known[0]() is table:
+        return known[1]
+    predictor = Predictor(table)
+    key = id(table)
+    _PREDICTORS[key] = (weakref.ref(table, lambda _: _PREDICTORS.pop(key, None)), predictor)
+    return predictor

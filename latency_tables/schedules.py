@@ -1,0 +1,140 @@
+"""Random schedules spread evenly over a range of cost: what corrections are fitted on and tables are validated with."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from latency_tables.errors import LatencyTableError
+from prunefront.config import ModelSpec, PruneConfig, Site
+from prunefront.errors import ModelError
+from prunefront.geometry import ModelGeometry
+from prunefront.macs import macs_of_schedule
+from prunefront.registry import get_method, list_methods
+from prunefront.schedule import plan_schedule
+
+LOWEST_COST, HIGHEST_COST = 0.3, 1.0  # Of the dense model.
+_TRIES = 60  # Draws of a block pattern before the next method takes a target that this one cannot reach.
+_HALVINGS = 14  # Bisection steps; sites then hit their target to about a token.
+
+
+def random_configs(
+    spec: ModelSpec,
+    geometry: ModelGeometry,
+    num: int,
+    seed: int,
+    methods: Sequence[str] | None = None,
+    cost: Callable[[PruneConfig], float] | None = None,
+) -> list[PruneConfig]:
+    """Draw configs of all methods whose costs are spread over 30-100 % of the dense model.
+
+    The range is cut into ``num`` strata of equal width, one config each; methods take turns, blocks, operations and
+    options are drawn, and how much every site removes is scaled until the cost falls on the stratum's random point.
+
+    Args:
+        spec: The model of the configs.
+        geometry: Of that model.
+        num: Configs wanted, in random order of cost.
+        seed: Equal seeds give equal configs.
+        methods: Names; all that can rank tokens on this model by default.
+        cost: Latency or MACs of a config; MACs by default.
+
+    Raises:
+        LatencyTableError: If no method can run on the model.
+    """
+    draw = random.Random(seed)
+    names = [name for name in methods or list_methods() if _usable(name, geometry, spec)]
+    if not names:
+        raise LatencyTableError(
+            "None of the methods can run on this model, so there is nothing to draw schedules from."
+        )
+    measure = cost or (lambda config: float(macs_of_schedule(plan_schedule(config, geometry), geometry).model))
+    dense = measure(PruneConfig(model=spec, method="hybrid"))
+    width = (HIGHEST_COST - LOWEST_COST) / num
+    targets = [LOWEST_COST + width * (stratum + draw.random()) for stratum in range(num)]
+    draw.shuffle(targets)
+    draw.shuffle(names)
+    configs = []
+    for number, target in enumerate(targets):
+        for turn in range(len(names)):
+            config = _draw(spec, geometry, names[(number + turn) % len(names)], target * dense, measure, draw)
+            if config is not None:
+                configs.append(config)
+                break
+    return configs
+
+
+def _draw(
+    spec: ModelSpec,
+    geometry: ModelGeometry,
+    method_name: str,
+    target: float,
+    cost: Callable[[PruneConfig], float],
+    draw: random.Random,
+) -> PruneConfig | None:
+    """One config of about the target cost, or None when no drawn pattern reaches it."""
+    for _ in range(_TRIES):
+        options = _draw_options(method_name, draw)
+        pattern = _draw_pattern(method_name, geometry, draw)
+
+        def config_at(
+            strength: float,
+            options: dict[str, Any] = options,
+            pattern: list[tuple[int, str, float]] = pattern,
+        ) -> PruneConfig:
+            sites = tuple(
+                Site(block=block, op=op, keep_ratio=max(1e-3, math.exp(-strength * weight)))
+                for block, op, weight in pattern
+            )
+            return PruneConfig(model=spec, method=method_name, sites=sites, options=options)
+
+        low, high = 0.0, 4.0
+        if cost(config_at(high)) > target:
+            continue
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(config_at(middle)) > target else (low, middle)
+        return config_at(high)
+    return None
+
+
+def _draw_options(method_name: str, draw: random.Random) -> dict[str, Any]:
+    known = get_method(method_name).options_model.model_fields
+    choices: dict[str, Sequence[Any]] = {
+        "prop_attn": (True, False),
+        "score": ("cls", "cls_value"),
+        "threshold": (0, None, 7e-5),
+    }
+    return {name: draw.choice(values) for name, values in choices.items() if name in known}
+
+
+def _draw_pattern(method_name: str, geometry: ModelGeometry, draw: random.Random) -> list[tuple[int, str, float]]:
+    """(block, operation, weight) of the sites: anything from one block to all of them."""
+    method = get_method(method_name)
+    usable = [op for op in method.ops if geometry.has_class_token or op not in method.ranking_ops]
+    dropping = [op for op in method.dropping_ops if op in usable]
+    merging = [op for op in method.merging_ops if op in usable]
+    blocks = sorted(draw.sample(range(geometry.depth), draw.randint(1, geometry.depth)))
+    pattern = []
+    for block in blocks:
+        ops = [draw.choice(usable)]
+        if method.two_sites_per_block and dropping and merging and draw.random() < 0.5:
+            ops = [draw.choice(dropping), draw.choice(merging)]
+        pattern += [(block, op, draw.uniform(0.2, 1.0)) for op in ops]
+    return pattern
+
+
+def _usable(method_name: str, geometry: ModelGeometry, spec: ModelSpec) -> bool:
+    method = get_method(method_name)
+    usable = [op for op in method.ops if geometry.has_class_token or op not in method.ranking_ops]
+    if not usable:
+        return False
+    try:
+        plan_schedule(
+            PruneConfig(model=spec, method=method_name, sites=(Site(block=0, op=usable[-1], keep_ratio=0.9),)), geometry
+        )
+    except ModelError:
+        return False
+    return True
