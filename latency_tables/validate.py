@@ -1,0 +1,179 @@
+"""Predicted against measured latency of whole models that the table has never seen: the error a table may claim."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from torch import nn
+
+from latency_tables.device import describe_device, torch_device
+from latency_tables.errors import LatencyTableError
+from latency_tables.measure import (
+    MEASURED_RUNTIMES,
+    TORCH_DTYPES,
+    Measurement,
+    MeasureSettings,
+    Progress,
+    ShouldStop,
+    Stopwatch,
+    cast_modules,
+    measure_models,
+    use_shared_compile_cache,
+)
+from latency_tables.predict import check_table_matches, predict_latency_ms, predictor_of
+from latency_tables.schedules import random_configs
+from latency_tables.schema import LatencyTable, ValidationPoint, ValidationReport
+from prunefront.compress import compress, create_dense
+from prunefront.config import ModelSpec, PruneConfig
+from prunefront.geometry import geometry_of
+from prunefront.schedule import plan_schedule
+
+DENSE = "dense"
+SCHEDULES_PER_RUN = 10  # Measured against each other at once; a run is short enough for the machine to stay as it is.
+SETTINGS = MeasureSettings(warmup_rounds=2, min_rounds=8, max_rounds=40, target_s=1.0)
+
+
+def validate_table(
+    table: LatencyTable,
+    *,
+    num_schedules: int = 50,
+    seed: int = 0,
+    device: str | None = None,
+    spec: ModelSpec | None = None,
+    methods: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+    settings: MeasureSettings = SETTINGS,
+    stopwatch: Stopwatch | None = None,
+) -> ValidationReport:
+    """Measure random schedules of all methods, spread over 30-100 % of the dense latency, and compare.
+
+    Measured values are as they are; nothing is scaled to the table. Noisy ones count as well.
+
+    Args:
+        table: For this machine, runtime and dtype.
+        num_schedules: Whole models to measure; none of them is among those the correction saw.
+        seed: Draws the schedules; below 2**32.
+        device: Where to run; the kind of device of the table by default.
+        spec: Another model of the same blocks; the table's own by default.
+        methods: Restrict to these; all by default.
+        progress: Told schedules done of ``num_schedules``.
+
+    Raises:
+        LatencyTableError: If the table is not for this machine, or was made for a runtime that cannot run here.
+        MeasurementStoppedError: When stopped.
+    """
+    if num_schedules < 1 or not 0 <= seed < 2**32:
+        raise LatencyTableError(
+            f"A validation needs at least one schedule and a seed of 0 to 2**32 - 1, but got {num_schedules=}, {seed=}."
+        )
+    if table.runtime not in MEASURED_RUNTIMES:
+        raise LatencyTableError(
+            f"Table {table.name!r} is for runtime {table.runtime!r}, which cannot be measured here; validate it on its "
+            f"device. Here it may be {' or '.join(MEASURED_RUNTIMES)}."
+        )
+    device = device or ("cuda" if table.device.kind == "cuda" else "cpu")
+    info = describe_device(device)
+    spec = spec or table.model
+    target = torch_device(device)
+    dense = cast_modules([create_dense(spec)], TORCH_DTYPES[table.dtype], target)[0].eval()
+    geometry = geometry_of(dense)
+    check_table_matches(
+        table,
+        device_info=info,
+        runtime=table.runtime,
+        dtype=table.dtype,
+        batch_size=table.batch_size,
+        geometry=geometry,
+    )
+    if table.runtime == "compile":
+        use_shared_compile_cache()
+    predictor = predictor_of(table)
+    configs = random_configs(
+        spec,
+        geometry,
+        num_schedules,
+        seed,
+        methods,
+        cost=lambda config: predictor.predict(plan_schedule(config, geometry)).latency_ms,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn((table.batch_size, geometry.in_chans, *geometry.img_size), generator=generator)
+    points: list[ValidationPoint] = []
+    dense_ms: list[float] = []
+    for start in range(0, len(configs), SCHEDULES_PER_RUN):
+        chosen = configs[start : start + SCHEDULES_PER_RUN]
+        models: dict[str, nn.Module] = {DENSE: dense}
+        models |= {str(number): compress(dense, config) for number, config in enumerate(chosen)}
+        measured = measure_models(
+            models,
+            images,
+            device=device,
+            runtime=table.runtime,
+            dtype=table.dtype,
+            canary=DENSE,
+            settings=settings,
+            stopwatch=stopwatch,
+            seed=start,
+            progress=_shifted(progress, start, len(chosen), len(configs)),
+            should_stop=should_stop,
+        )
+        dense_ms.append(measured[DENSE].median_ms)
+        points += [_point(table, config, measured[str(number)]) for number, config in enumerate(chosen)]
+    return ValidationReport(
+        num_schedules=len(points),
+        seed=seed,
+        dense_ms=statistics.median(dense_ms),
+        dense_predicted_ms=predict_latency_ms(table, PruneConfig(model=spec, method="hybrid")),
+        num_noisy=sum(point.state == "noisy" for point in points),
+        noise=statistics.median(point.iqr_ms / point.measured_ms for point in points),
+        device=info,
+        created_at=datetime.now(UTC),
+        points=tuple(points),
+        **error_figures([point.predicted_ms for point in points], [point.measured_ms for point in points]),
+    )
+
+
+def error_figures(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | None]:
+    """``mape``, ``bias``, ``within_5_percent``, ``within_10_percent`` (0-1) and ``kendall_tau`` of predictions."""
+    errors = np.asarray(predicted) / np.asarray(measured) - 1.0
+    return {
+        "mape": float(np.mean(np.abs(errors))),
+        "bias": float(np.mean(errors)),
+        "within_5_percent": float(np.mean(np.abs(errors) <= 0.05)),
+        "within_10_percent": float(np.mean(np.abs(errors) <= 0.10)),
+        "kendall_tau": kendall_tau(predicted, measured),
+    }
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Kendall's tau-b: agreement of two rankings, ties counted out; None where one of them is all ties."""
+    a, b = (np.asarray(values, dtype=float) for values in (first, second))
+    upper = np.triu_indices(len(a), k=1)
+    sign_a, sign_b = (np.sign(values[:, None] - values[None, :])[upper] for values in (a, b))
+    norm = np.sqrt(np.sum(sign_a != 0) * np.sum(sign_b != 0))
+    return float(np.sum(sign_a * sign_b) / norm) if norm > 0 else None
+
+
+def _point(table: LatencyTable, config: PruneConfig, measured: Measurement) -> ValidationPoint:
+    return ValidationPoint(
+        config=config,
+        predicted_ms=predict_latency_ms(table, config),
+        measured_ms=measured.median_ms,
+        iqr_ms=measured.iqr_ms,
+        state=measured.state,
+    )
+
+
+def _shifted(progress: Progress | None, start: int, count: int, total: int) -> Progress | None:
+    if progress is None:
+        return None
+
+    def report(done: float, of: float, message: str) -> None:
+        progress(start + count * done / of, total, message)
+
+    return report
