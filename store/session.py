@@ -205,7 +205,7 @@ class Database:
     def __init__(self, url: URL, *, clock: Clock | None = None, busy_timeout_s: float = DEFAULT_BUSY_TIMEOUT_S) -> None:
         self.url = url
         self.engine = build_engine(url, busy_timeout_s=busy_timeout_s)
-        self._clock = clock
+        self.clock = clock
         # Methods flush where they mean to; reading the clock must not write a half-filled row.
         self._reads = sessionmaker(self.engine, autoflush=False, expire_on_commit=False)
         self._writes = sessionmaker(
@@ -231,8 +231,8 @@ class Database:
 
     def now(self, session: Session) -> datetime:
         """Tell the time by one clock for all processes: Postgres' own, or that of SQLite's machine."""
-        if self._clock is not None:
-            return self._clock()
+        if self.clock is not None:
+            return self.clock()
         if self.is_sqlite:
             return datetime.now(UTC)
         return session.scalars(select(func.clock_timestamp(type_=UtcDateTime()))).one()

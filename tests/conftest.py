@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from store import Store, open_store, upgrade
+from store import Store, open_store
+from store.models import Base
 from tests.postgres_server import PostgresServer, PostgresUnavailable
 
 
@@ -27,44 +27,54 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(scope="session")
-def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sqlite") / "template.db"
-    upgrade(f"sqlite:///{path}")
-    return path
+def sqlite_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Store]]:
+    """The SQLite database of all tests, with its URL; see `store`."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/store.db"
+    with open_store(url) as opened:
+        yield url, opened
 
 
 @pytest.fixture(scope="session")
-def _shared_postgres_url(postgres_server: PostgresServer) -> str:
-    url = postgres_server.create_database("prunefront_shared")
-    upgrade(url)
-    return url
-
-
-@pytest.fixture
-def sqlite_url(tmp_path: Path, _sqlite_template: Path) -> str:
-    """A SQLite database with empty tables."""
-    path = tmp_path / "store.db"
-    shutil.copyfile(_sqlite_template, path)
-    return f"sqlite:///{path}"
-
-
-@pytest.fixture
-def postgres_url(postgres_server: PostgresServer, _shared_postgres_url: str) -> str:
-    """A Postgres database with empty tables. It is one database for all tests: making another takes a second."""
-    # Rows of all other tables go with their job.
-    postgres_server.execute(_shared_postgres_url, "DELETE FROM jobs; DELETE FROM tables; DELETE FROM devices")
-    return _shared_postgres_url
+def postgres_store(postgres_server: PostgresServer) -> Iterator[tuple[str, Store]]:
+    """The Postgres database of all tests, with its URL; see `store`."""
+    url = postgres_server.create_database("prunefront_tests")
+    with open_store(url) as opened:
+        yield url, opened
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def database_url(request: pytest.FixtureRequest) -> str:
-    """A database with empty tables, once of each kind."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
+def _url_and_store(request: pytest.FixtureRequest) -> tuple[str, Store]:
+    url, opened = request.getfixturevalue(f"{request.param}_store")
+    with opened._database.write() as session:
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(table.delete())
+    return url, opened
 
 
 @pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    """An empty store, once of each kind."""
-    with open_store(database_url) as opened:
-        yield opened
+def store(_url_and_store: tuple[str, Store]) -> Store:
+    """An empty store, once of each kind: one database for all tests, since making one takes as long as many tests."""
+    return _url_and_store[1]
+
+
+@pytest.fixture
+def database_url(_url_and_store: tuple[str, Store]) -> str:
+    """The database of `store`."""
+    return _url_and_store[0]
+
+
+@pytest.fixture
+def new_sqlite_url(tmp_path: Path) -> str:
+    """A SQLite database that does not exist yet."""
+    return f"sqlite:///{tmp_path}/new/store.db"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def new_database_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A database without tables, once of each kind."""
+    if request.param == "sqlite":
+        yield request.getfixturevalue("new_sqlite_url")
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    yield server.create_database("prunefront_new")
+    server.drop_database("prunefront_new")

@@ -57,13 +57,16 @@ class PostgresServer:
 
     def create_database(self, name: LiteralString) -> str:
         """Create an empty database and return its URL."""
-        self.execute(self.url("postgres"), f'CREATE DATABASE "{name}" TEMPLATE template0')
+        self._execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
         return self.url(name)
 
-    def execute(self, url: str, statements: LiteralString) -> None:
-        """Run statements as the superuser."""
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute(statements)
+    def drop_database(self, name: LiteralString) -> None:
+        """Drop a database, whoever is connected."""
+        self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    def _execute(self, statement: LiteralString) -> None:
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(statement)
 
     def stop(self) -> None:
         """End the server and remove its data."""

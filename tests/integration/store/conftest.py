@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from store import Store, open_store
+from store import Store
 
 
 class MovableClock:
@@ -31,7 +30,8 @@ def clock() -> MovableClock:
 
 
 @pytest.fixture
-def timed_store(database_url: str, clock: MovableClock) -> Iterator[Store]:
-    """An empty store that goes by `clock`; jobs fail after being lost three times."""
-    with open_store(database_url, clock=clock, max_times_lost=3) as opened:
-        yield opened
+def timed_store(store: Store, clock: MovableClock, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """`store` going by `clock`; jobs fail after being lost three times."""
+    monkeypatch.setattr(store._database, "clock", clock)
+    monkeypatch.setattr(store, "_max_times_lost", 3)
+    return store

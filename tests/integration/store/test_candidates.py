@@ -95,12 +95,12 @@ def test_a_loss_that_is_not_finite_is_stored_as_none(store: Store) -> None:
     assert store.get_candidate(job.id, 0).evaluations[0].loss is None
 
 
-@pytest.mark.parametrize("field", ["top1", "ci_low"])
-def test_an_accuracy_that_is_not_finite_is_refused(store: Store, field: str) -> None:
+@pytest.mark.parametrize("change", [{"top1": float("nan")}, {"ci_low": float("-inf")}])
+def test_an_accuracy_that_is_not_finite_is_refused(store: Store, change: dict[str, Any]) -> None:
     job = start(store)
     propose(store, job)
     with pytest.raises(DocumentError, match="finite"):
-        evaluate(store, job, **{field: float("nan")})
+        evaluate(store, job, **change)
     assert store.get_candidate(job.id, 0).evaluations == ()
 
 
