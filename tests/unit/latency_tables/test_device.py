@@ -1,0 +1,75 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from latency_tables.device import cgroup_cpu_quota, describe_device, torch_device, usable_threads
+from latency_tables.errors import LatencyTableError
+from tests.unit.latency_tables.fakes import DEVICE
+
+
+def test_the_cpu_has_a_name_threads_and_versions() -> None:
+    info = describe_device("cpu")
+    assert info.name
+    assert info.threads is not None and 1 <= info.threads <= (os.cpu_count() or 1)
+    assert {"torch", "timm", "python"} <= set(info.versions)
+    assert info.fingerprint() == describe_device("cpu").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"name": "Abacus 4000"}, False),
+        ({"threads": 4}, False),
+        ({"cpu_features": ("avx2", "avx512f")}, False),
+        ({"versions": {"torch": "9.9"}}, True),
+        ({"os": "Linux 1.0", "memory_gib": 3.0}, True),
+    ],
+)
+def test_fingerprint_covers_hardware_and_threads_alone(changes: dict[str, object], same: bool) -> None:
+    assert (DEVICE.model_copy(update=changes).fingerprint() == DEVICE.fingerprint()) is same
+
+
+def test_omp_num_threads_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert usable_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
+    assert usable_threads() <= (os.cpu_count() or 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert usable_threads() >= 1
+
+
+def test_the_tightest_cgroup_v2_quota_counts(tmp_path: Path) -> None:
+    inner = tmp_path / "fs" / "jobs" / "one"
+    inner.mkdir(parents=True)
+    (inner / "cpu.max").write_text("max 100000\n")
+    (inner.parent / "cpu.max").write_text("150000 100000\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/jobs/one\n")
+    assert cgroup_cpu_quota(tmp_path / "fs", membership) == 1.5
+
+
+def test_a_cgroup_v1_quota_is_read(tmp_path: Path) -> None:
+    group = tmp_path / "fs" / "cpu" / "docker"
+    group.mkdir(parents=True)
+    (group / "cpu.cfs_quota_us").write_text("200000\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("4:memory:/docker\n1:cpu,cpuacct:/docker\n0::/docker\n")
+    assert cgroup_cpu_quota(tmp_path / "fs", membership) == 2.0
+
+
+def test_no_quota_is_none(tmp_path: Path) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("1:cpu:/\n0::/\n")
+    assert cgroup_cpu_quota(tmp_path, membership) is None
+    assert cgroup_cpu_quota(tmp_path, tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [("abacus", "Unknown device 'abacus'"), ("mps", "cpu and cuda"), ("cuda:64", "'cuda:64' is not here")],
+)
+def test_a_device_that_is_not_here_is_refused(device: str, sentence: str) -> None:
+    with pytest.raises(LatencyTableError, match=sentence):
+        torch_device(device)

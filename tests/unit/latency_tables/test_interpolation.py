@@ -1,0 +1,45 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latency_tables.interpolation import Curve, Surface
+
+values = st.floats(0.0, 1e4)
+points = st.dictionaries(st.integers(1, 500), values, min_size=1, max_size=12)
+
+
+@given(points)
+def test_curve_is_exact_on_measured_points(measured: dict[int, float]) -> None:
+    curve = Curve(measured)
+    assert all(curve(at) == value for at, value in measured.items())
+
+
+@given(points, st.integers(1, 500))
+def test_curve_stays_between_its_neighbours(measured: dict[int, float], at: int) -> None:
+    curve = Curve(measured)
+    below = [known for known in measured if known <= at] or [min(measured)]
+    above = [known for known in measured if known >= at] or [max(measured)]
+    ends = sorted((measured[max(below)], measured[min(above)]))
+    assert ends[0] - 1e-6 <= curve(at) <= ends[1] + 1e-6
+
+
+@given(st.lists(values, min_size=2, max_size=8), st.integers(1, 200), st.integers(1, 200))
+def test_curve_of_rising_points_rises(rising: list[float], first: int, second: int) -> None:
+    curve = Curve({25 * number + 1: value for number, value in enumerate(sorted(rising))})
+    low, high = sorted((first, second))
+    assert curve(low) <= curve(high) + 1e-9
+
+
+@given(st.dictionaries(st.tuples(st.integers(10, 200), st.integers(1, 9)), values, min_size=1, max_size=12))
+def test_surface_is_exact_on_measured_points(measured: dict[tuple[int, int], float]) -> None:
+    surface = Surface(measured)
+    assert all(surface(*at) == value for at, value in measured.items())
+
+
+def test_surface_goes_by_share_within_a_row_and_by_tokens_between_rows() -> None:
+    surface = Surface({(100, 90): 1.0, (100, 50): 5.0, (200, 180): 3.0, (200, 100): 7.0})
+    assert surface(100, 70) == pytest.approx(3.0)
+    assert surface(150, 135) == pytest.approx(2.0)  # a tenth removed in both rows
+    assert surface(150, 105) == pytest.approx(4.0)
+    assert surface(100, 10) == 5.0  # beyond the largest share: the nearest one
+    assert surface(50, 45) == 1.0  # below the first row: the nearest one

@@ -1,0 +1,247 @@
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from latency_tables.measure import (
+    WHOLE,
+    Lap,
+    MeasureSettings,
+    WallStopwatch,
+    cast_modules,
+    interleave,
+    measure_models,
+    peak_memory_mib,
+    prepare_model,
+    rounds_for,
+)
+from tests.unit.latency_tables.fakes import FakeClock
+
+IMAGES = torch.zeros(2, 3, 8, 8)
+SETTINGS = MeasureSettings(min_rounds=12, max_rounds=12)
+
+
+def test_laps_split_a_run_where_they_are_called() -> None:
+    clock = FakeClock()
+
+    def subject(lap: Lap) -> None:
+        for _ in range(2):
+            clock.work(2.0)
+            lap("attention")
+            clock.work(3.0)
+            lap("mlp")
+
+    laps = WallStopwatch(clock).sample(subject)
+    assert [name for name, _ in laps] == ["attention", "mlp"] * 2
+    assert [ms for _, ms in laps] == pytest.approx([2.0, 3.0, 2.0, 3.0])
+
+
+def test_garbage_is_not_collected_while_the_watch_runs() -> None:
+    seen = []
+
+    def subject(lap: Lap) -> None:
+        seen.append(gc.isenabled())
+        lap(WHOLE)
+
+    assert gc.isenabled()
+    WallStopwatch().sample(subject)
+    assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_median_speedup_and_spread_of_a_steady_model() -> None:
+    clock = FakeClock()
+    models = {"dense": clock.model(10.0), "small": clock.model(4.0)}
+    measured = measure_models(
+        models, IMAGES, device="cpu", canary="dense", settings=SETTINGS, stopwatch=WallStopwatch(clock)
+    )
+    assert measured["small"].median_ms == pytest.approx(4.0)
+    assert measured["small"].speedup == pytest.approx(2.5)
+    assert measured["small"].iqr_ms == pytest.approx(0.0, abs=1e-9)
+    assert measured["small"].num_samples == 12
+    assert measured["small"].state == "ok"
+    assert measured["dense"].speedup == pytest.approx(1.0)
+
+
+def test_drift_of_the_machine_is_cancelled_by_the_canary() -> None:
+    # The machine slows down steadily by a fifth over the run.
+    clock = FakeClock(lambda now: 1.0 + 0.2 * min(now / 0.5, 1.0))
+    subjects = {"a": clock.subject(4.0), "b": clock.subject(8.0)}
+    runs = interleave(
+        subjects,
+        canary=clock.subject(10.0),
+        stopwatch=WallStopwatch(clock),
+        settings=MeasureSettings(canary_share=0.5),
+        rounds={"a": 30, "b": 15},
+    )
+    for key, ms in (("a", 4.0), ("b", 8.0)):
+        normalised = [sample / runs[key].canary_ms for sample in runs[key].laps[WHOLE]]
+        assert normalised == pytest.approx([ms / 10.0] * len(normalised), rel=0.03)
+    assert 0.1 < runs["a"].canary_drift < 0.2
+
+
+def test_laps_of_one_name_are_averaged_within_a_run() -> None:
+    clock = FakeClock()
+
+    def chain(lap: Lap) -> None:
+        for ms in (1.0, 2.0, 6.0):
+            clock.work(ms)
+            lap("mlp")
+
+    runs = interleave(
+        {"chain": chain},
+        canary=clock.subject(1.0),
+        stopwatch=WallStopwatch(clock),
+        settings=MeasureSettings(min_rounds=2),
+    )
+    assert runs["chain"].laps == {"mlp": (pytest.approx(3.0), pytest.approx(3.0))}
+
+
+def test_canary_takes_its_share_of_the_sampling_time() -> None:
+    clock = FakeClock()
+    runs = {"canary": 0}
+
+    def canary(lap: Lap) -> None:
+        runs["canary"] += 1
+        clock.work(2.0)
+        lap(WHOLE)
+
+    interleave(
+        {"a": clock.subject(1.0)},
+        canary=canary,
+        stopwatch=WallStopwatch(clock),
+        settings=MeasureSettings(min_rounds=80, canary_share=0.2),
+    )
+    # 80 ms of samples and one canary of 2 ms after every 8 ms, besides the first and the last.
+    assert runs["canary"] == 12
+
+
+def test_noise_that_stays_is_reported_with_its_reason_after_three_attempts() -> None:
+    clock = FakeClock()
+    models = {"dense": clock.model(10.0), "shaky": clock.model(4.0, 6.0)}
+    messages: list[str] = []
+    measured = measure_models(
+        models,
+        IMAGES,
+        device="cpu",
+        canary="dense",
+        settings=SETTINGS,
+        stopwatch=WallStopwatch(clock),
+        progress=lambda done, total, message: messages.append(message),
+    )
+    assert measured["shaky"].state == "noisy"
+    assert measured["shaky"].reason is not None
+    assert measured["shaky"].reason.startswith("after 3 attempts the interquartile range is ")
+    assert measured["dense"].state == "ok"
+    assert any("attempt 3 of 3" in message for message in messages)
+
+
+def test_a_quiet_attempt_replaces_a_noisy_one() -> None:
+    clock = FakeClock()
+    noisy_calls = [4.0, 6.0] * 8  # Warm-up and the first attempt.
+    steady = [5.0] * 1000
+    models = {"dense": clock.model(10.0), "settling": clock.model(*noisy_calls, *steady)}
+    measured = measure_models(
+        models, IMAGES, device="cpu", canary="dense", settings=SETTINGS, stopwatch=WallStopwatch(clock)
+    )
+    assert measured["settling"].state == "ok"
+    assert measured["settling"].median_ms == pytest.approx(5.0)
+
+
+def test_a_canary_that_moves_too_much_makes_a_run_noisy() -> None:
+    clock = FakeClock(lambda now: 1.0 if now < 0.3 else 2.0)
+    measured = measure_models(
+        {"dense": clock.model(10.0)},
+        IMAGES,
+        device="cpu",
+        canary="dense",
+        settings=MeasureSettings(min_rounds=30, max_rounds=30, attempts=1),
+        stopwatch=WallStopwatch(clock),
+    )
+    assert measured["dense"].state == "noisy"
+    assert "own latency moved" in (measured["dense"].reason or "")
+
+
+def test_batches_take_turns() -> None:
+    clock = FakeClock()
+    seen: list[float] = []
+
+    def forward(x: torch.Tensor) -> None:
+        seen.append(float(x[0, 0, 0, 0]))
+        clock.work(1.0)
+
+    measure_models(
+        {"dense": forward},
+        [torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)],
+        device="cpu",
+        canary="dense",
+        settings=MeasureSettings(warmup_rounds=2, min_rounds=4, max_rounds=4),
+        stopwatch=WallStopwatch(clock),
+    )
+    assert set(seen[:2]) == {0.0, 1.0}
+
+
+def test_measuring_stops_when_asked() -> None:
+    clock = FakeClock()
+    asked = iter([False] * 5)
+    with pytest.raises(MeasurementStoppedError, match="stopped on request"):
+        measure_models(
+            {"dense": clock.model(1.0)},
+            IMAGES,
+            device="cpu",
+            canary="dense",
+            stopwatch=WallStopwatch(clock),
+            should_stop=lambda: next(asked, True),
+        )
+
+
+def test_the_canary_has_to_be_one_of_the_models() -> None:
+    with pytest.raises(LatencyTableError, match="must be one of the models, which are a"):
+        measure_models({"a": lambda x: x}, IMAGES, device="cpu", canary="dense")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "dtype", "sentence"),
+    [("tensorrt", "fp32", "import a table for it"), ("eager", "int8", "choose one of fp32, bf16, fp16")],
+)
+def test_what_cannot_be_measured_is_refused(runtime: str, dtype: str, sentence: str) -> None:
+    with pytest.raises(LatencyTableError, match=sentence):
+        prepare_model(nn.Linear(2, 2), runtime, dtype, "cpu")
+
+
+def test_a_model_of_another_dtype_is_copied_and_the_callers_stays() -> None:
+    model = nn.Linear(2, 2)
+    ready = prepare_model(model, "eager", "bf16", "cpu")
+    assert isinstance(ready, nn.Linear)
+    assert ready.weight.dtype == torch.bfloat16
+    assert model.weight.dtype == torch.float32
+    assert prepare_model(model, "eager", "fp32", "cpu") is model
+
+
+def test_copies_of_models_that_share_weights_share_them_too() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    casted = cast_modules([first, second], torch.bfloat16, torch.device("cpu"))
+    assert casted[0].weight is casted[1].weight
+    assert casted[0].weight.dtype == torch.bfloat16
+
+
+def test_rounds_fill_the_target_within_the_range() -> None:
+    settings = MeasureSettings(min_rounds=5, max_rounds=20, target_s=1.0)
+    assert rounds_for(100.0, settings) == 10
+    assert rounds_for(1000.0, settings) == 5
+    assert rounds_for(0.01, settings) == 20
+
+
+def test_peak_memory_counts_weights_and_what_a_run_allocates() -> None:
+    model = nn.Linear(1024, 1024, bias=False)  # 4 MiB
+    device = torch.device("cpu")
+    small = peak_memory_mib(lambda: None, device, model)
+    # Freshly written pages, so that they are resident.
+    large = peak_memory_mib(lambda: torch.ones(64 * 2**18), device, model)
+    if small is None or large is None:
+        pytest.skip("this system does not tell the peak of resident memory")
+    assert small >= 4.0
+    assert large - small == pytest.approx(64.0, abs=8.0)

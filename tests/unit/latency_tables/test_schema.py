@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from latency_tables.schema import LatencyTableError, load_table, parse_table, save_table
+from tests.unit.latency_tables.fakes import entry, simple_table, table_of
+
+
+def test_a_table_survives_the_file(tmp_path: Path) -> None:
+    table = simple_table()
+    path = save_table(table, tmp_path / "table.json")
+    assert load_table(path) == table
+    with open(path) as file:
+        assert load_table(file) == table
+    assert load_table(json.loads(path.read_text())) == table
+
+
+def test_entries_are_grouped_by_name_and_sorted_by_tokens() -> None:
+    table = table_of([entry("mlp", 9, 9, 2.0), entry("attention", 2, 2, 1.0), entry("mlp", 2, 2, 1.0)])
+    assert [found.tokens_in for found in table.entries_by_name["mlp"]] == [2, 9]
+
+
+def test_one_point_stands_once() -> None:
+    with pytest.raises(ValueError, match="'mlp' at 9 -> 9 tokens stands twice"):
+        table_of([entry("mlp", 9, 9, 2.0), entry("mlp", 9, 9, 3.0)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"format": "prunefront/latency-table/9"}, "rebuild the table, or upgrade"),
+        ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
+        ({"batch_size": 0}, "batch_size: .*greater than or equal to 1"),
+        ({"entries": []}, "entries: .*at least 1"),
+        ({"dtype": "int8"}, "dtype: "),
+    ],
+)
+def test_a_document_that_is_no_table_is_refused_in_one_sentence(changes: dict[str, object], sentence: str) -> None:
+    document = simple_table().model_dump(mode="json") | changes
+    with pytest.raises(LatencyTableError, match=sentence):
+        parse_table(document, "table.json")
+
+
+def test_a_mapping_without_format_is_no_table() -> None:
+    with pytest.raises(LatencyTableError, match="is not a latency table"):
+        load_table({"entries": []})
+
+
+def test_a_cut_off_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    text = save_table(simple_table(), path).read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(LatencyTableError, match="table.json is not JSON .*cut off or damaged"):
+        load_table(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LatencyTableError, match="Cannot read .*nowhere.json"):
+        load_table(tmp_path / "nowhere.json")
+
+
+def test_an_infinite_latency_is_refused() -> None:
+    document = simple_table().model_dump(mode="json")
+    document["entries"][0]["median_ms"] = float("inf")
+    with pytest.raises(LatencyTableError, match="entries.0.median_ms"):
+        parse_table(document)
