@@ -134,7 +134,23 @@ def import_csv(
         LatencyTableError: If the CSV is wrong.
         ModelError, UnknownNameError: If the model is not supported or unknown.
     """
-    parsed = read_csv(source)
+    return table_of_csv(read_csv(source), spec=spec, device=device, runtime=runtime, dtype=dtype, name=name)
+
+
+def table_of_csv(
+    parsed: LatencyCsv,
+    *,
+    spec: ModelSpec,
+    device: DeviceInfo,
+    runtime: Runtime,
+    dtype: Dtype,
+    name: str | None = None,
+) -> LatencyTable:
+    """`import_csv` for a CSV that was read already, as when it came by HTTP.
+
+    Raises:
+        ModelError, UnknownNameError: If the model is not supported or unknown.
+    """
     return LatencyTable(
         name=name or f"{spec.name} {runtime} {dtype} b{parsed.batch_size} on {device.name}",
         device=device,

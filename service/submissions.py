@@ -67,7 +67,7 @@ def check_job(job: SearchJob | TableJob | MeasureJob, store: Store, settings: Se
         _check_measure(job, settings)
         return
     with naming_field("/model"):
-        geometry = _check_model(_spec_of(job))
+        geometry = check_model(_spec_of(job))
     if job.model.checkpoint is not None:
         with naming_field("/model/checkpoint"):
             _check_checkpoint(job.model.checkpoint, _spec_of(job), settings)
@@ -111,7 +111,7 @@ def _check_method(name: str, geometry: ModelGeometry) -> None:
 def _check_measure(job: MeasureJob, settings: Settings) -> None:
     spec = job.configs[0].model
     with naming_field("/configs/0/model"):
-        geometry = _check_model(spec)
+        geometry = check_model(spec)
     for number, config in enumerate(job.configs):
         with naming_field(f"/configs/{number}"):
             plan_schedule(config, geometry)
@@ -138,7 +138,14 @@ def _check_device(device: str, store: Store) -> None:
         )
 
 
-def _check_model(spec: ModelSpec) -> ModelGeometry:
+def check_model(spec: ModelSpec) -> ModelGeometry:
+    """The geometry of a model that came from outside.
+
+    Raises:
+        UnknownNameError: If no such model or argument is known.
+        ConfigError: If a number is beyond what any model needs.
+        ModelError: If no method works on it.
+    """
     # Only names of timm's own registry: its prefixes for files and hubs would let a job name paths and URLs.
     if not timm.is_model(spec.name.split(".")[0]) or ":" in spec.name or "/" in spec.name:
         raise UnknownNameError.of(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated, Literal
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from latency_tables.csv_import import COLUMNS, parse_csv, table_of_csv
 from latency_tables.predict import predict_latency_ms
-from latency_tables.schema import LatencyTable, parse_table
+from latency_tables.schema import DeviceInfo, Dtype, LatencyTable, LatencyTableError, Runtime, parse_table
+from prunefront.config import ModelSpec
+from search.documents import Identifier, Name
 from service.deps import Cursor, Limit, StoreDep
 from service.problems import Problem
 from service.schemas import Prediction, PredictRequest, TableDetail, TablePage, TablePublic
+from service.submissions import check_model
 from store import Store, TableRecord
 
 router = APIRouter(prefix="/latency-tables", tags=["latency tables"])
@@ -27,7 +32,10 @@ TableId = Annotated[str, Path(min_length=1, max_length=64, description="Id of a 
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/LatencyTable"}}},
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/LatencyTable"}},
+                "text/csv": {"schema": {"type": "string", "example": ",".join(COLUMNS)}},
+            },
         }
     },
 )
@@ -36,10 +44,31 @@ async def import_table(
     store: StoreDep,
     response: Response,
     source: Annotated[Literal["import", "push"], Query(description="How the table came here.")] = "import",
+    model: Annotated[Identifier | None, Query(description="CSV: the model whose blocks were timed.")] = None,
+    device: Annotated[Name | None, Query(description="CSV: the device as its owner calls it.")] = None,
+    runtime: Annotated[Runtime, Query(description="CSV: the runtime it was timed with.")] = "eager",
+    dtype: Annotated[Dtype, Query(description="CSV: the number format it was timed in.")] = "fp32",
 ) -> TablePublic:
-    """Store a table (`prunefront/latency-table/1`); searches use the newest one that fits."""
+    """Store a table (`prunefront/latency-table/1`); searches use the newest one that fits.
+
+    CSV is for devices without Python; its lines do not say what was timed, so `model` and `device` have to.
+    """
     body = await request.body()
-    record = await run_sync(_import, body, store, source)
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type == "application/json":
+        table = await run_sync(_read_json, body)
+    elif content_type == "text/csv":
+        if model is None or device is None:
+            raise Problem(422, "invalid_request", "A CSV needs ?model= and ?device=, since its lines do not name them.")
+        about = partial(_read_csv, body, model, device, runtime, dtype)
+        table = await run_sync(about)
+    else:
+        raise Problem(
+            415,
+            "unsupported_media_type",
+            "Send a table as application/json or as text/csv, and say so in Content-Type.",
+        )
+    record = await run_sync(save, table, store, source)
     response.headers["Location"] = f"/api/v1/latency-tables/{record.id}"
     return TablePublic.of(record)
 
@@ -74,12 +103,23 @@ def predict(table_id: TableId, body: PredictRequest, store: StoreDep) -> Predict
     )
 
 
-def _import(body: bytes, store: Store, source: str) -> TableRecord:
+def _read_json(body: bytes) -> LatencyTable:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Problem(400, "json_invalid", "The body is not valid JSON; send one latency table.") from error
-    return save(parse_table(document), store, source)
+    return parse_table(document)
+
+
+def _read_csv(body: bytes, model: str, device: str, runtime: Runtime, dtype: Dtype) -> LatencyTable:
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LatencyTableError("The CSV is not UTF-8 text; send it in UTF-8.") from error
+    spec = ModelSpec(name=model)
+    check_model(spec)
+    info = DeviceInfo(kind="other", name=device)
+    return table_of_csv(parse_csv(text), spec=spec, device=info, runtime=runtime, dtype=dtype)
 
 
 def save(table: LatencyTable, store: Store, source: str) -> TableRecord:

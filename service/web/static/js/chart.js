@@ -61,11 +61,14 @@ export function axis(name, extra = {}) {
     nameTextStyle: { color: colour("muted"), fontSize: 12 },
     axisLine: { show: true, lineStyle: { color: colour("line") } },
     axisTick: { show: false },
-    axisLabel: { color: colour("muted"), fontSize: 12, hideOverlap: true },
+    axisLabel: { color: colour("muted"), fontSize: 12, hideOverlap: true, ...hideUneven(extra) },
     splitLine: { lineStyle: { color: colour("line"), opacity: 0.7 } },
     ...extra,
   };
 }
+
+// Ends that were fixed for the data's sake fall between the round numbers; labels there would touch their neighbours.
+const hideUneven = (extra) => ({ showMinLabel: extra.min === undefined || extra.min === 0, showMaxLabel: extra.max === undefined });
 
 export function tooltip(formatter) {
   return {

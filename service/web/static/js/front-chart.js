@@ -32,12 +32,13 @@ function describe(point) {
 function series(view) {
   const { front, selected, budget } = view;
   const marks = [...front.marks];
+  const longest = isNarrow() ? 16 : 34;
   const label = (text, position) => ({
-    show: !isNarrow(),
-    formatter: ({ data }) => (data.point.label.length > 34 ? `${data.point.label.slice(0, 33)}…` : data.point.label),
+    show: true,
+    formatter: ({ data }) => (data.point.label.length > longest ? `${data.point.label.slice(0, longest - 1)}…` : data.point.label),
     position,
     color: colour(text),
-    fontSize: 11,
+    fontSize: isNarrow() ? 10 : 11,
     distance: 8,
   });
   const onFront = new Set(pointsOf(front).map((point) => point.trial));

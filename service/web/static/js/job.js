@@ -223,7 +223,7 @@ function drawSelected() {
   const isOnFront = view.front.points.some((other) => other.trial === point.trial);
   byId("selected-label").textContent = point.label;
   const badge = byId("selected-badge");
-  badge.textContent = isOnFront ? "on the front" : point.origin === "dense" ? "dense" : "mark";
+  badge.textContent = isOnFront ? "on the front" : (ORIGINS[point.origin] ?? "behind the front");
   badge.className = `badge badge-${isOnFront ? "front" : "mark"}`;
   fillFacts(byId("selected-facts"), [
     ["Top-1", percent(point.top1, 2), interval(point.top1_ci)],
@@ -260,6 +260,12 @@ async function loadSchedule(trial) {
   }
 }
 
+const ORIGINS = { dense: "dense", published: "published", resolution: "lower resolution", sibling: "smaller model" };
+
+function originBadge(point) {
+  return point.origin in ORIGINS && point.label !== ORIGINS[point.origin] ? element("span", { class: "badge badge-mark" }, ORIGINS[point.origin]) : null;
+}
+
 function drawPoints() {
   const { front, selected } = view;
   const focused = document.activeElement?.dataset?.trial;
@@ -268,7 +274,7 @@ function drawPoints() {
       element(
         "tr",
         { "aria-selected": String(point.trial === selected?.trial) },
-        element("td", {}, element("button", { class: "link-button", type: "button", "data-trial": String(point.trial), onclick: () => select(point, true) }, point.label)),
+        element("td", {}, element("button", { class: "link-button", type: "button", "data-trial": String(point.trial), onclick: () => select(point, true) }, point.label), originBadge(point)),
         element("td", {}, percent(point.top1, 2)),
         element("td", {}, points(point.top1_delta)),
         element("td", {}, `${milliseconds(point.measured_ms)} ± ${(point.iqr_ms / 2).toPrecision(1)}`),

@@ -55,19 +55,32 @@ function clearFieldErrors() {
   for (const node of form.querySelectorAll("[aria-invalid]")) node.removeAttribute("aria-invalid");
 }
 
-async function fill() {
-  const [models, methods, datasets, devices] = await Promise.all([get("/models"), get("/methods"), get("/datasets"), get("/devices")]);
-  byId("models").replaceChildren(...models.items.map((model) => element("option", { value: model.name })));
-  form.elements.checkpoint.append(...models.checkpoints.map((item) => element("option", { value: item.id }, item.id)));
-  form.elements.dataset.replaceChildren(...datasets.items.map((item) => element("option", { value: item.id }, item.id)));
-  form.elements.device.replaceChildren(...devices.items.map((item) => element("option", { value: item.id }, `${item.id} (${item.name})`)));
-  const demo = models.items.find((model) => model.name.startsWith("digit_vit"));
-  if (demo && !form.elements.model.value) form.elements.model.value = demo.name;
-  byId("methods").replaceChildren(
-    ...methods.items.map((method) =>
-      element("label", {}, element("input", { type: "checkbox", name: "method", value: method.name, checked: true }), element("span", {}, method.name, " ", element("span", { class: "hint" }, method.ops.join(", ")))),
-    ),
-  );
+const option = (value, text = value) => element("option", { value }, text);
+
+// Each list on its own: the slowest must not hold up the others.
+function fill() {
+  const filled = [
+    get("/models").then(({ items, checkpoints }) => {
+      byId("models").replaceChildren(...items.map((model) => option(model.name)));
+      form.elements.checkpoint.append(...checkpoints.map((item) => option(item.id)));
+      const demo = items.find((model) => model.name.startsWith("digit_vit"));
+      if (demo && !form.elements.model.value) form.elements.model.value = demo.name;
+    }),
+    get("/datasets").then(({ items }) => {
+      form.elements.dataset.replaceChildren(...items.map((item) => option(item.id, item.problem ? `${item.id} (cannot be read)` : item.id)));
+    }),
+    get("/devices").then(({ items }) => {
+      form.elements.device.replaceChildren(...items.map((item) => option(item.id, item.name === item.id ? item.id : `${item.id} (${item.name})`)));
+    }),
+    get("/methods").then(({ items }) => byId("methods").replaceChildren(...items.map(methodBox))),
+  ];
+  return Promise.all(filled);
+}
+
+function methodBox(method) {
+  const box = element("input", { type: "checkbox", name: "method", value: method.name, checked: true });
+  const text = element("span", {}, method.title, " ", element("span", { class: "hint" }, method.ops.join(", ")));
+  return element("label", {}, box, text);
 }
 
 form.addEventListener("change", (event) => event.target.name === "kind" && showKind());

@@ -14,15 +14,15 @@ let table = null;
 // Entries by name; a group is what the menu shows at once.
 function groups() {
   const names = [...new Set(table.document.entries.map((entry) => entry.entry))];
-  const reductions = names.filter((name) => name.includes("."));
-  const parts = names.filter((name) => !name.includes("."));
+  const reductions = names.filter((name) => name.startsWith("block."));
+  const parts = names.filter((name) => !name.startsWith("block."));
   return { ...(parts.length ? { "parts of a block": parts } : {}), ...(reductions.length ? { "blocks that reduce": reductions } : {}) };
 }
 
 function curve(name, index) {
   const stroke = colour(COLOURS[index % COLOURS.length]);
   const entries = table.document.entries.filter((entry) => entry.entry === name).sort((a, b) => a.tokens_in - b.tokens_in || a.tokens_out - b.tokens_out);
-  const isReduction = name.includes(".");
+  const isReduction = name.startsWith("block.");
   const rows = entries.map((entry) => ({
     value: [entry.tokens_in, entry.median_ms],
     entry,
