@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Annotated, Any, Final, Literal
 
@@ -134,7 +133,7 @@ class LatencyTable(StrictModel):
             seen.add(entry.key)
         return self
 
-    @cached_property
+    @property
     def entries_by_name(self) -> dict[str, tuple[LatencyEntry, ...]]:
         """Entries of each name, by tokens in, then out."""
         groups: dict[str, list[LatencyEntry]] = {}

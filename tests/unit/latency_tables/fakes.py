@@ -88,4 +88,4 @@ def simple_table(**changes: Any) -> LatencyTable:
         for kind in ("evit.prune", "evit.fuse", "tome.merge")
         for t_in, t_out in ((17, 15), (17, 9), (9, 8), (9, 5))
     ]
-    return table_of([*halves, *ends, *reductions], **changes)
+    return table_of(changes.pop("entries", [*halves, *ends, *reductions]), **changes)

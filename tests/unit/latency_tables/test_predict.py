@@ -1,0 +1,263 @@
+import gc
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latency_tables import predict as predict_module
+from latency_tables.errors import LatencyTableError
+from latency_tables.parts import REDUCTION_KINDS, gives_sizes, kind_name, measured_kinds
+from latency_tables.predict import check_table_matches, predict, predict_latency_ms
+from latency_tables.schema import Correction, LatencyTable
+from prunefront.config import ModelSpec, PruneConfig, Site
+from prunefront.geometry import geometry_for
+from prunefront.macs import carries_sizes
+from prunefront.registry import get_method
+from prunefront.schedule import BlockSchedule, Step, TokenSchedule, plan_schedule
+from tests.unit.latency_tables.fakes import DEVICE, NO_CLASS_TOKEN, TINY, entry, simple_table, table_of
+
+TABLE = simple_table()
+DENSE = PruneConfig(model=TINY, method="hybrid")
+
+
+def config_of(method: str, *sites: dict[str, Any], **options: Any) -> PruneConfig:
+    return PruneConfig(model=TINY, method=method, sites=tuple(Site(**site) for site in sites), options=options)
+
+
+def schedule_of(*tokens: int) -> TokenSchedule:
+    """Plain blocks of the given token counts."""
+    blocks = tuple(BlockSchedule(index=index, tokens_in=at, tokens_out=at) for index, at in enumerate(tokens))
+    options = tuple(get_method("hybrid").parse_options({}).items())
+    return TokenSchedule(method="hybrid", options=options, num_prefix_tokens=1, blocks=blocks)
+
+
+def test_the_dense_model_is_the_sum_of_its_parts() -> None:
+    assert predict_latency_ms(TABLE, DENSE) == pytest.approx(5.0 + 3 * 17 * (2.0 + 3.0) + 1.0)
+
+
+def test_a_schedule_is_looked_up_at_its_exact_tokens() -> None:
+    config = config_of("evit", {"block": 1, "op": "prune", "tokens": 8})
+    # 17 -> 17, 17 -> 9 with 4 ms for the reduction, 9 -> 9; the head was measured at 17 tokens alone.
+    expected = 5.0 + 17 * 5.0 + (17 * 2.0 + 4.0 + 9 * 3.0) + 9 * 5.0 + 1.0
+    assert predict_latency_ms(TABLE, config) == pytest.approx(expected)
+    assert predict_latency_ms(TABLE, plan_schedule(config)) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(2, 17), min_size=1, max_size=12))
+def test_blocks_add_up(tokens: list[int]) -> None:
+    table = TABLE.model_copy(update={"entries": tuple(e for e in TABLE.entries if e.entry in ("attention", "mlp"))})
+    assert predict_latency_ms(table, schedule_of(*tokens)) == pytest.approx(5.0 * sum(tokens))
+
+
+@given(
+    st.lists(st.floats(0.0, 5.0), min_size=4, max_size=4),
+    st.lists(st.tuples(st.integers(2, 17), st.integers(0, 15)), min_size=1, max_size=6),
+)
+def test_more_tokens_never_cost_less_when_the_table_rises(steps: list[float], blocks: list[tuple[int, int]]) -> None:
+    heights = [sum(steps[: number + 1]) for number in range(4)]
+    halves = [
+        entry(name, at, at, height)
+        for name in ("attention", "mlp")
+        for at, height in zip((2, 5, 11, 17), heights, strict=True)
+    ]
+    table = table_of(halves)
+    fewer = schedule_of(*(tokens for tokens, _ in blocks))
+    more = schedule_of(*(min(17, tokens + extra) for tokens, extra in blocks))
+    assert predict_latency_ms(table, fewer) <= predict_latency_ms(table, more) + 1e-9
+
+
+def test_a_measured_reducing_block_is_predicted_exactly() -> None:
+    halves = [entry(name, at, at, ms * at) for name, ms in (("attention", 1.7), ("mlp", 0.9)) for at in (2, 8, 17)]
+    table = table_of([*halves, entry("block.tome.merge", 17, 12, 123.0)])
+    config = config_of("tome", {"block": 2, "op": "merge", "remove": 5}, prop_attn=False)
+    assert predict_latency_ms(table, config) == pytest.approx(2 * 17 * 2.6 + 123.0)
+
+
+def test_parts_are_reported_per_block() -> None:
+    prediction = predict(TABLE, config_of("evit", {"block": 1, "op": "prune", "tokens": 8}))
+    assert [block.reduction_ms for block in prediction.blocks] == pytest.approx([0.0, 4.0, 0.0])
+    assert [block.attention_ms for block in prediction.blocks] == pytest.approx([34.0, 34.0, 18.0])
+    assert sum(prediction.part_sums.values()) == pytest.approx(prediction.latency_ms)
+
+
+def test_the_correction_scales_each_part() -> None:
+    factors = {"attention": 1.1, "mlp": 0.9, "reduction": 2.0, "rest": 1.0}
+    table = simple_table(correction=Correction(intercept_ms=7.0, factors=factors, num_models=5))
+    config = config_of("evit", {"block": 1, "op": "prune", "tokens": 8})
+    sums = predict(TABLE, config).part_sums
+    expected = 7.0 + sum(factors[part] * ms for part, ms in sums.items())
+    assert predict_latency_ms(table, config) == pytest.approx(expected)
+
+
+def test_proportional_attention_costs_its_bias_only_once_tokens_were_merged() -> None:
+    table = simple_table(
+        entries=(*TABLE.entries, entry("attention.sized", 9, 9, 18.5), entry("attention.sized", 17, 17, 36.0))
+    )
+    merge = {"block": 0, "op": "merge", "tokens": 8}
+    plain = predict(table, config_of("tome", merge, prop_attn=False))
+    proportional = predict(table, config_of("tome", merge, prop_attn=True))
+    assert plain.blocks[0] == proportional.blocks[0]
+    assert [block.attention_ms for block in proportional.blocks[1:]] == pytest.approx([18.5, 18.5])
+    assert [block.attention_ms for block in plain.blocks[1:]] == pytest.approx([18.0, 18.0])
+
+
+def test_a_kind_that_was_not_measured_is_predicted_by_its_like() -> None:
+    site = {"block": 1, "op": "prune", "tokens": 8}
+    assert predict_latency_ms(TABLE, config_of("hybrid", site)) == pytest.approx(
+        predict_latency_ms(TABLE, config_of("evit", site))
+    )
+
+
+def test_an_operation_that_was_not_measured_is_refused_by_name() -> None:
+    config = config_of("diffrate", {"block": 0, "op": "merge_mean", "tokens": 8})
+    with pytest.raises(LatencyTableError, match="no entry 'block.diffrate.merge_mean'.*it knows block.evit.fuse"):
+        predict_latency_ms(TABLE, config)
+
+
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_token_counts_outside_the_measured_range_are_refused(tokens: int) -> None:
+    with pytest.raises(LatencyTableError, match=f"block 1 works on {tokens} tokens.* measured for 2 to 17. Rebuild"):
+        predict_latency_ms(TABLE, schedule_of(17, tokens))
+
+
+def test_a_model_of_other_blocks_is_refused() -> None:
+    other = PruneConfig(model=ModelSpec(name="deit_tiny_patch16_224"), method="hybrid")
+    with pytest.raises(LatencyTableError, match="'deit_tiny_patch16_224' is made of .*Build a table for this model"):
+        predict_latency_ms(TABLE, other)
+
+
+def test_the_table_serves_other_depths_and_smaller_images() -> None:
+    deeper = TINY.model_copy(update={"kwargs": {**TINY.kwargs, "depth": 5}})
+    assert predict_latency_ms(TABLE, PruneConfig(model=deeper, method="hybrid")) == pytest.approx(6.0 + 5 * 85.0)
+    smaller = TINY.model_copy(update={"img_size": 16})
+    # 5 of 17 tokens: the stem costs in proportion.
+    assert predict_latency_ms(TABLE, PruneConfig(model=smaller, method="hybrid")) == pytest.approx(
+        5.0 * 5 / 17 + 3 * 25.0 + 1.0
+    )
+
+
+def test_a_table_without_halves_predicts_nothing() -> None:
+    with pytest.raises(LatencyTableError, match="no 'mlp' entries"):
+        predict_latency_ms(table_of([entry("attention", 17, 17, 1.0)]), DENSE)
+
+
+def test_a_predictor_lives_as_long_as_its_table() -> None:
+    table: LatencyTable | None = simple_table()
+    assert table is not None
+    key = id(table)
+    predict_latency_ms(table, DENSE)
+    assert key in predict_module._PREDICTORS
+    del table
+    gc.collect()
+    assert key not in predict_module._PREDICTORS
+
+
+# --- which reductions a schedule has --------------------------------------------------------------------------------
+
+
+def step(op: str, kept: int, removed: int) -> Step:
+    return Step(op=op, kept=kept, removed=removed, tokens_in=kept + removed + 1, tokens_out=kept + 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "ops", "kind"),
+    [
+        ("evit", {}, ["fuse"], "evit.fuse"),
+        ("ppt", {"threshold": 0}, ["pool_or_prune"], "ppt.prune"),
+        ("ppt", {"threshold": None}, ["pool_or_prune"], "ppt.pool"),
+        ("ppt", {"threshold": 7e-5}, ["pool_or_prune"], "ppt.pool_or_prune"),
+        ("diffrate", {}, ["prune", "merge_mean"], "diffrate.prune+merge_mean"),
+        ("hybrid", {"score": "cls"}, ["fuse", "merge"], "hybrid.fuse+merge"),
+        ("hybrid", {"score": "cls_value"}, ["fuse", "merge"], "hybrid.fuse+merge:cls_value"),
+        ("hybrid", {"score": "cls_value"}, ["merge"], "hybrid.merge"),
+    ],
+)
+def test_reductions_are_named_by_what_they_cost(
+    method: str, options: dict[str, Any], ops: list[str], kind: str
+) -> None:
+    assert kind_name(method, options, [step(op, 8, 8) for op in ops]) == kind
+    assert kind in REDUCTION_KINDS
+
+
+@pytest.mark.parametrize("name", REDUCTION_KINDS)
+def test_every_kind_knows_its_own_steps_and_name(name: str) -> None:
+    kind = REDUCTION_KINDS[name]
+    steps = kind.steps(197, 0.4, 1)
+    assert steps is not None
+    assert kind_name(kind.method, kind.options, steps) == name
+    assert steps[0].tokens_in == 197
+    assert steps[-1].tokens_out == pytest.approx(119, abs=2)
+    method = get_method(kind.method)
+    for number, one in enumerate(steps):
+        present = one.tokens_in - 1
+        assert one.kept >= method.least_kept(one.op, present)
+        assert number == 0 or one.tokens_in == steps[number - 1].tokens_out
+
+
+@pytest.mark.parametrize("name", REDUCTION_KINDS)
+def test_sizes_are_told_as_macs_tell_them(name: str) -> None:
+    kind = REDUCTION_KINDS[name]
+    steps = kind.steps(17, 0.4, 1)
+    assert steps is not None
+    block = BlockSchedule(index=0, tokens_in=17, tokens_out=steps[-1].tokens_out, steps=steps)
+    schedule = TokenSchedule(
+        method=kind.method, options=tuple(kind.options.items()), num_prefix_tokens=1, blocks=(block,)
+    )
+    assert gives_sizes(name, steps) is carries_sizes(schedule)
+
+
+def test_a_kind_has_no_steps_where_nothing_is_left_to_remove() -> None:
+    assert REDUCTION_KINDS["evit.prune"].steps(2, 0.5, 1) is None
+    assert REDUCTION_KINDS["evit.fuse"].steps(3, 0.5, 1) is None  # one kept, one fused: nothing is gained
+
+
+def test_without_a_class_token_only_merging_is_measured() -> None:
+    names = {kind.name for kind in measured_kinds(geometry_for(NO_CLASS_TOKEN))}
+    assert names == {"tome.merge", "hybrid.merge"}
+
+
+# --- does the table fit? ---------------------------------------------------------------------------------------------
+
+
+def check(table: LatencyTable = TABLE, **changes: Any) -> list[str]:
+    fields: dict[str, Any] = {
+        "device_info": DEVICE, "runtime": "eager", "dtype": "fp32", "batch_size": 8, "geometry": geometry_for(TINY),
+    }  # fmt: skip
+    return check_table_matches(table, **{**fields, **changes})
+
+
+def test_a_table_fits_what_it_was_made_for() -> None:
+    assert check() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"runtime": "compile"}, "runtime 'eager' instead of 'compile'"),
+        ({"dtype": "bf16"}, "dtype 'fp32' instead of 'bf16'"),
+        ({"batch_size": 1}, "batch size 8 instead of 1"),
+        ({"device_info": DEVICE.model_copy(update={"threads": 4})}, "number of threads 2 instead of 4"),
+        ({"device_info": DEVICE.model_copy(update={"name": "Other"})}, "device 'Abacus 3000' instead of 'Other'"),
+    ],
+)
+def test_what_must_match_is_refused_by_name(changes: dict[str, Any], difference: str) -> None:
+    with pytest.raises(LatencyTableError, match=f"{difference}.*Build a table here"):
+        check(**changes)
+
+
+def test_other_versions_warn(caplog: pytest.LogCaptureFixture) -> None:
+    newer = DEVICE.model_copy(update={"versions": {"torch": "2.9.0"}})
+    with caplog.at_level(logging.WARNING):
+        warnings = check(device_info=newer)
+    assert warnings == ["Table 'synthetic' was measured with torch 2.6.0, but here is 2.9.0."]
+    assert "prunefront table validate" in caplog.text
+
+
+def test_other_blocks_and_larger_images_are_refused() -> None:
+    with pytest.raises(LatencyTableError, match="Build a table for this model"):
+        check(geometry=geometry_for(ModelSpec(name="deit_tiny_patch16_224")))
+    larger = geometry_for(TINY.model_copy(update={"img_size": 64}))
+    with pytest.raises(LatencyTableError, match="up to 17 tokens, but the model has 65"):
+        check(geometry=larger)

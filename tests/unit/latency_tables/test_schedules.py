@@ -1,0 +1,47 @@
+import pytest
+
+from latency_tables.build import CORRECTION_SEED
+from latency_tables.errors import LatencyTableError
+from latency_tables.schedules import random_configs
+from prunefront.config import ModelSpec, PruneConfig
+from prunefront.geometry import geometry_for
+from prunefront.macs import macs
+from prunefront.registry import list_methods
+from tests.unit.latency_tables.fakes import NO_CLASS_TOKEN
+
+DEIT = ModelSpec(name="deit_tiny_patch16_224")
+GEOMETRY = geometry_for(DEIT)
+DENSE_MACS = macs(PruneConfig(model=DEIT, method="hybrid"))
+
+
+def test_costs_are_spread_over_the_range_and_methods_take_turns() -> None:
+    configs = random_configs(DEIT, GEOMETRY, 50, 0)
+    shares = sorted(macs(config) / DENSE_MACS for config in configs)
+    assert len(configs) == 50
+    assert all(share == pytest.approx(0.3 + 0.7 * (at + 0.5) / 50, abs=0.03) for at, share in enumerate(shares))
+    for method in list_methods():
+        assert sum(config.method == method for config in configs) >= 5
+
+
+def test_equal_seeds_draw_equal_configs_and_others_do_not() -> None:
+    first = [config.content_hash() for config in random_configs(DEIT, GEOMETRY, 8, 3)]
+    assert first == [config.content_hash() for config in random_configs(DEIT, GEOMETRY, 8, 3)]
+    assert not set(first) & {config.content_hash() for config in random_configs(DEIT, GEOMETRY, 8, 4)}
+    assert not set(first) & {config.content_hash() for config in random_configs(DEIT, GEOMETRY, 8, CORRECTION_SEED)}
+
+
+def test_the_cost_may_be_a_latency() -> None:
+    configs = random_configs(DEIT, GEOMETRY, 10, 0, cost=lambda config: 100.0 + macs(config) / DENSE_MACS * 300.0)
+    costs = sorted((100.0 + macs(config) / DENSE_MACS * 300.0) / 400.0 for config in configs)
+    assert costs == pytest.approx([0.335 + 0.07 * at for at in range(10)], abs=0.05)
+
+
+def test_without_a_class_token_only_merging_is_drawn() -> None:
+    configs = random_configs(NO_CLASS_TOKEN, geometry_for(NO_CLASS_TOKEN), 10, 0)
+    assert {config.method for config in configs} <= {"tome", "hybrid"}
+    assert {site.op for config in configs for site in config.sites} == {"merge"}
+
+
+def test_methods_that_cannot_run_are_refused() -> None:
+    with pytest.raises(LatencyTableError, match="None of the methods can run on this model"):
+        random_configs(NO_CLASS_TOKEN, geometry_for(NO_CLASS_TOKEN), 3, 0, methods=["evit", "ppt"])
