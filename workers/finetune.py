@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+from pydantic import ValidationError
 
 import prunefront
+from prunefront.config import describe_validation_error
 from prunefront.training.finetune import finetune
 from prunefront.training.recipes import Recipe, default_recipe
 from workers.candidate_models import CandidateModels
 from workers.devices import prepare_device
-from workers.payloads import FinetunePayload, parse_payload
+from workers.payloads import FinetunePayload, PayloadError, parse_payload
 from workers.tasks import JsonDict, TaskContext
 
 
@@ -26,22 +27,22 @@ def run_finetune(payload: JsonDict, context: TaskContext) -> JsonDict:
         ``{"checkpoint": path, "sha256": ..., "history": [...]}``.
     """
     task = parse_payload(FinetunePayload, payload)
-    recipe = Recipe.model_validate({**default_recipe(task.dataset).model_dump(), **task.recipe})
-    device = prepare_device(context.device)
+    try:
+        recipe = Recipe.model_validate({**default_recipe(task.dataset).model_dump(), **task.recipe})
+    except ValidationError as error:
+        raise PayloadError(f"This recipe cannot be used: {describe_validation_error(error)}.") from error
+    prepare_device(context.device)
     dense = CandidateModels(task.model, task.weights).dense_of(task.config, None)
-    # The student trains a copy of the weights: the teacher has to stay what it is.
-    student = prunefront.compress(copy.deepcopy(dense), task.config)
     result = finetune(
-        student.to(device),
+        prunefront.compress(dense, task.config),
         task.dataset,
         epochs=task.epochs,
         recipe=recipe,
-        teacher=dense.to(device) if recipe.distillation is not None else None,
+        teacher=dense,  # finetune copies it before the weights that both share move
         checkpoint_dir=task.checkpoint_dir,
         device=context.device,
         progress=context.progress,
         should_stop=context.should_stop,
         seed=task.seed,
     )
-    context.stop_if_asked()
-    return {"checkpoint": str(result.checkpoint_path), "sha256": result.sha256, "history": result.history}
+    return {"checkpoint": str(result.checkpoint_path), "sha256": result.sha256, "history": list(result.history)}

@@ -42,7 +42,7 @@ from workers.tasks import FailureCause, TaskFailure, TaskResult, TaskSpec, TaskS
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0  # for a child to import its modules, from a cold network disk if need be
-STOP_GRACE_S = 10.0  # a task that was asked to stop may store a checkpoint in this time
+STOP_GRACE_S = 20.0  # a task that was asked to stop may finish its step and store a checkpoint in this time
 TERMINATE_GRACE_S = 3.0  # after SIGTERM, before SIGKILL
 MAX_MEMORY_GROWTH_MIB = 4096.0  # resident memory a child may gain over its start before it is replaced
 TICK_S = 0.1  # how often the deaths of children are looked for; a pipe that closes wakes the engine earlier
