@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -19,7 +20,7 @@ from store.models import Base
 from store.session import parse_url
 from tests.integration.store.writes import propose, start
 
-# Optuna's storage and this one may share a database, so neither may look at the other's version.
+# Makes SQLite rebuild the table that all others refer to.
 SECOND_REVISION = """
 import sqlalchemy as sa
 from alembic import op
@@ -157,6 +158,33 @@ def test_a_migration_that_would_break_references_is_undone(new_sqlite_url: str, 
         upgrade(new_sqlite_url)
     with pytest.raises(StoreSchemaError, match="no tables"):
         open_store(new_sqlite_url, migrate=False)
+
+
+def test_every_migration_can_be_undone(new_database_url: str) -> None:
+    upgrade(new_database_url)
+    engine = create_engine(parse_url(new_database_url))
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(Path(store.migrations.__file__).parent))
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+        assert set(inspect(connection).get_table_names()) <= {VERSION_TABLE, "sqlite_sequence"}
+    engine.dispose()
+    upgrade(new_database_url)
+
+
+def test_tables_of_an_optuna_storage_in_the_same_database_stay(new_database_url: str) -> None:
+    url = parse_url(new_database_url)
+    if url.get_backend_name() == "sqlite":
+        Path(str(url.database)).parent.mkdir()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32))"))
+        connection.execute(text("INSERT INTO alembic_version VALUES ('v3.2.0.a')"))
+    open_store(new_database_url).close()
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == "v3.2.0.a"
+    engine.dispose()
 
 
 def test_a_migration_is_logged(new_sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
