@@ -55,10 +55,11 @@ def fit_correction(models: Sequence[WholeModel]) -> Correction:
     }
     intercept_ms = float(solution[0]) * scale
     fitted = np.array([corrected_ms(model.part_sums, intercept_ms, factors) for model in models])
+    before = float(np.mean(np.abs(parts.sum(axis=1) / measured - 1.0)))
+    after = float(np.mean(np.abs(fitted / measured - 1.0)))
+    if after > before:
+        # Measurements so noisy that the fit, or keeping it within its range, makes things worse teach nothing.
+        return Correction(num_models=len(models), mape_before=before, mape_after=before)
     return Correction(
-        intercept_ms=intercept_ms,
-        factors=factors,
-        num_models=len(models),
-        mape_before=float(np.mean(np.abs(parts.sum(axis=1) / measured - 1.0))),
-        mape_after=float(np.mean(np.abs(fitted / measured - 1.0))),
+        intercept_ms=intercept_ms, factors=factors, num_models=len(models), mape_before=before, mape_after=after
     )

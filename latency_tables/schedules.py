@@ -58,11 +58,13 @@ def random_configs(
     draw.shuffle(names)
     configs = []
     for number, target in enumerate(targets):
+        drawn = []
         for turn in range(len(names)):
-            config = _draw(spec, geometry, names[(number + turn) % len(names)], target * dense, measure, draw)
-            if config is not None:
-                configs.append(config)
+            drawn.append(_draw(spec, geometry, names[(number + turn) % len(names)], target * dense, measure, draw))
+            if drawn[-1][0] <= target * dense:
                 break
+        # Where nothing reaches the target (blocks whose cost hardly depends on tokens), the cheapest is taken.
+        configs.append(min(drawn, key=lambda one: one[0])[1])
     return configs
 
 
@@ -73,8 +75,9 @@ def _draw(
     target: float,
     cost: Callable[[PruneConfig], float],
     draw: random.Random,
-) -> PruneConfig | None:
-    """One config of about the target cost, or None when no drawn pattern reaches it."""
+) -> tuple[float, PruneConfig]:
+    """A config of about the target cost, or the cheapest one of many patterns where none gets there; and its cost."""
+    cheapest: tuple[float, PruneConfig] | None = None
     for _ in range(_TRIES):
         options = _draw_options(method_name, draw)
         pattern = _draw_pattern(method_name, geometry, draw)
@@ -91,13 +94,17 @@ def _draw(
             return PruneConfig(model=spec, method=method_name, sites=sites, options=options)
 
         low, high = 0.0, 4.0
-        if cost(config_at(high)) > target:
+        strongest = config_at(high)
+        if (lowest := cost(strongest)) > target:
+            if cheapest is None or lowest < cheapest[0]:
+                cheapest = (lowest, strongest)
             continue
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (middle, high) if cost(config_at(middle)) > target else (low, middle)
-        return config_at(high)
-    return None
+        return cost(config_at(high)), config_at(high)
+    assert cheapest is not None
+    return cheapest
 
 
 def _draw_options(method_name: str, draw: random.Random) -> dict[str, Any]:

@@ -1,0 +1,234 @@
+"""Whole builds on a tiny model, timed by a stopwatch that counts work instead of time, so that every number repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from latency_tables.build import BuildSettings, build_table, settings_for
+from latency_tables.csv_import import export_csv, import_csv
+from latency_tables.device import describe_device
+from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from latency_tables.measure import CompiledForward, MeasureSettings, Subject
+from latency_tables.plot import plot_table, plot_validation
+from latency_tables.predict import predict_latency_ms
+from latency_tables.schema import LatencyTable
+from latency_tables.validate import validate_table
+from prunefront.config import ModelSpec, PruneConfig, Site
+from prunefront.errors import ModelError, UnknownNameError
+from prunefront.geometry import block_key, geometry_for
+from tests.unit.latency_tables.fakes import NO_CLASS_TOKEN, TINY
+
+ONCE = MeasureSettings(warmup_rounds=1, min_rounds=1, max_rounds=1)
+SETTINGS = BuildSettings(
+    token_shares=(0.0, 0.5, 1.0), max_token_counts=5, least_gap=2, reduction_blocks=1, num_whole_models=4,
+    blocks=ONCE, reductions=ONCE, models=ONCE,
+)  # fmt: skip
+FEW_KINDS = dataclasses.replace(SETTINGS, few_kinds=True, reduction_tokens=(1.0,))
+
+
+class CountWork(TorchDispatchMode):
+    """Floating point operations of matrix products, convolutions and attention."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class WorkStopwatch:
+    """A device whose latency is its floating point operations, a millisecond per 10⁵, and 1 µs per lap.
+
+    What it says is exact, so predictions may only be wrong by interpolation.
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+
+    def sample(self, subject: Subject) -> list[tuple[str, float]]:
+        self.num_samples += 1
+        laps: list[tuple[str, float]] = []
+        with CountWork() as counter:
+            done = 0
+
+            def lap(name: str) -> None:
+                nonlocal done
+                laps.append((name, (counter.flops - done) / 1e5 + 1e-3))
+                done = counter.flops
+
+            subject(lap)
+        return laps
+
+
+def build(
+    spec: ModelSpec = TINY,
+    *,
+    stopwatch: WorkStopwatch | None = None,
+    partial_path: Path | None = None,
+    progress: Callable[[float, float, str], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    batch_size: int = 2,
+    settings: BuildSettings = FEW_KINDS,
+) -> LatencyTable:
+    return build_table(
+        spec, batch_size=batch_size, partial_path=partial_path, progress=progress, should_stop=should_stop,
+        settings=settings, stopwatch=stopwatch or WorkStopwatch(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    return build(settings=SETTINGS)
+
+
+def test_a_table_has_halves_ends_and_every_reduction(table: LatencyTable) -> None:
+    names = set(table.entries_by_name)
+    assert {"stem", "head", "attention", "attention.sized", "mlp"} <= names
+    assert {name for name in names if name.startswith("block.")} == {
+        "block.evit.prune", "block.evit.fuse", "block.tome.merge", "block.ppt.prune", "block.ppt.pool",
+        "block.ppt.pool_or_prune", "block.diffrate.prune", "block.diffrate.merge_mean",
+        "block.diffrate.prune+merge_mean", "block.hybrid.prune", "block.hybrid.fuse", "block.hybrid.merge",
+        "block.hybrid.prune+merge", "block.hybrid.fuse+merge", "block.hybrid.prune:cls_value",
+        "block.hybrid.fuse:cls_value",
+    }  # fmt: skip
+    assert table.block_key == block_key(geometry_for(TINY))
+    assert table.device == describe_device("cpu")
+    assert not table.noisy_entries
+    assert {entry.tokens_in for entry in table.entries_by_name["mlp"]} >= {2, 8, 17}
+
+
+def test_entries_are_what_the_device_takes(table: LatencyTable) -> None:
+    by_key = {entry.key: entry.median_ms for entry in table.entries}
+    width, batch = 48, 2
+    # Two operations per multiply-accumulate; an MLP of ratio 4.
+    assert by_key["mlp", 17, 17] == pytest.approx(batch * 17 * 2 * 2 * width * 4 * width / 1e5 + 1e-3)
+    attention = batch * (17 * 2 * 4 * width * width + 2 * 2 * 17 * 17 * width)
+    assert by_key["attention", 17, 17] == pytest.approx(attention / 1e5 + 1e-3)
+
+
+def test_the_dense_model_is_predicted_as_measured(table: LatencyTable) -> None:
+    assert table.dense_ms is not None
+    assert predict_latency_ms(table, PruneConfig(model=TINY, method="hybrid")) == pytest.approx(
+        table.dense_ms, rel=0.01
+    )
+
+
+def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: LatencyTable) -> None:
+    report = validate_table(table, num_schedules=15, seed=1, settings=ONCE, stopwatch=WorkStopwatch())
+    assert report.num_schedules == 15
+    assert report.mape < 0.02
+    assert report.within_10_percent == 1.0
+    assert report.kendall_tau is not None and report.kendall_tau > 0.9
+    shares = sorted(point.measured_ms / report.dense_ms for point in report.points)
+    assert shares[0] < 0.45 and shares[-1] > 0.9
+    assert len({point.config.method for point in report.points}) >= 4
+    validated = table.evolve(validation=report)
+    assert LatencyTable.model_validate(validated.model_dump(mode="json")) == validated
+    assert plot_table(validated).startswith(b"\x89PNG")
+    assert plot_validation(validated).startswith(b"\x89PNG")
+
+
+def test_a_table_that_was_not_validated_has_no_error_plot(table: LatencyTable) -> None:
+    with pytest.raises(LatencyTableError, match="was not validated"):
+        plot_validation(table)
+
+
+def test_an_exported_csv_is_imported_again(table: LatencyTable, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(export_csv(table))
+    imported = import_csv(path, spec=TINY, device=table.device, runtime="eager", dtype="fp32")
+    assert [entry.key for entry in imported.entries] == [entry.key for entry in table.entries]
+    config = PruneConfig(model=TINY, method="evit", sites=(Site(block=1, op="fuse", keep_ratio=0.5),))
+    plain = table.evolve(correction=imported.correction)
+    assert predict_latency_ms(imported, config) == pytest.approx(predict_latency_ms(plain, config))
+
+
+def test_a_stopped_build_goes_on_where_it_ended(tmp_path: Path) -> None:
+    path = tmp_path / "partial.jsonl"
+    whole, first, last = WorkStopwatch(), WorkStopwatch(), WorkStopwatch()
+    uninterrupted = build(stopwatch=whole)
+    with pytest.raises(MeasurementStoppedError):
+        build(stopwatch=first, partial_path=path, should_stop=lambda: first.num_samples > 0.7 * whole.num_samples)
+    resumed = build(stopwatch=last, partial_path=path)
+    assert last.num_samples < 0.7 * whole.num_samples
+    assert not path.exists()
+    assert [(entry.key, entry.median_ms) for entry in resumed.entries] == [
+        (entry.key, pytest.approx(entry.median_ms)) for entry in uninterrupted.entries
+    ]
+
+
+def test_a_partial_file_of_another_build_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "partial.jsonl"
+    with pytest.raises(MeasurementStoppedError):
+        build(partial_path=path, should_stop=lambda: True)
+    with pytest.raises(LatencyTableError, match="batch_size 2 instead of 4"):
+        build(partial_path=path, batch_size=4)
+
+
+def test_progress_rises_to_the_end_and_tells_the_time_left() -> None:
+    reports: list[tuple[float, float, str]] = []
+    build(progress=lambda *report: reports.append(report))
+    shares = [done / total for done, total, _ in reports]
+    assert shares == sorted(shares)
+    assert shares[0] == 0.0 and shares[-1] == 1.0
+    assert any(message.endswith(" left") for _, _, message in reports)
+
+
+def test_models_without_a_class_token_get_a_table_of_merging() -> None:
+    table = build(NO_CLASS_TOKEN)
+    assert {name for name in table.entries_by_name if name.startswith("block.")} == {
+        "block.tome.merge", "block.hybrid.merge",
+    }  # fmt: skip
+
+
+def test_what_cannot_be_built_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="Unknown model"):
+        build(ModelSpec(name="deit_smal"))
+    with pytest.raises(ModelError, match="not supported"):
+        build(ModelSpec(name="resnet18"))
+    with pytest.raises(LatencyTableError, match="Unknown device"):
+        build_table(TINY, device="abacus", batch_size=1)
+    with pytest.raises(LatencyTableError, match="cannot be measured"):
+        build_table(TINY, runtime="tensorrt", batch_size=1, settings=SETTINGS)
+
+
+def test_a_table_of_another_machine_is_not_validated_here(table: LatencyTable) -> None:
+    elsewhere = table.evolve(device=table.device.model_copy(update={"name": "Abacus 3000"}))
+    with pytest.raises(LatencyTableError, match="does not fit: it was measured with device 'Abacus 3000'"):
+        validate_table(elsewhere, num_schedules=1)
+
+
+def test_a_real_clock_builds_a_table() -> None:
+    table = build_table(TINY, batch_size=1, settings=FEW_KINDS)
+    assert all(entry.median_ms > 0 for entry in table.entries)
+    assert table.correction.num_models == 5
+
+
+def test_gpus_get_a_dense_grid_and_compiled_tables_a_sparse_one() -> None:
+    eager, gpu = settings_for(torch.device("cpu"), "eager"), settings_for(torch.device("cuda"), "eager")
+    compiled = settings_for(torch.device("cpu"), "compile")
+    assert len(compiled.token_shares) < len(eager.token_shares) < len(gpu.token_shares)
+    assert compiled.few_kinds and not eager.few_kinds
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_a_compiled_forward_gives_the_same_result_and_refuses_another_shape() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU()).eval()
+    compiled = CompiledForward(model, torch.device("cpu"))
+    x = torch.randn(4, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+        with pytest.raises(Exception, match="(?i)recompil"):
+            compiled(torch.randn(5, 16))
