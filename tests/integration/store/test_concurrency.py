@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
 from store import JobState, LeaseLostError, Store, open_store
 from tests.integration.store.conftest import MovableClock
 from tests.integration.store.writes import propose, queue, start
