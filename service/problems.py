@@ -160,14 +160,15 @@ def validation_problem(errors: Sequence[Any]) -> Problem:
     """Pydantic's list of errors as one problem; values that were sent are not echoed."""
     fields = [_field_problem(item) for item in errors]
     first = fields[0]
-    more = f" ({len(fields) - 1} more in errors)" if len(fields) > 1 else ""
+    more = f" ({len(fields) - 1} more in errors.)" if len(fields) > 1 else ""
     where = f"{first.pointer}: " if first.pointer else ""
     if len(fields) == 1 and first.code == "json_invalid":
         return Problem(400, "json_invalid", "The body is not valid JSON; send one JSON object.", errors=fields)
     # An error of the library keeps its own code, so that a program need not look into errors.
     own_code = first.code if first.code in {code for _, _, code in ERROR_STATUS} else "invalid_request"
     detail = first.message if own_code != "invalid_request" else f"{where}{first.message}"
-    return Problem(422, own_code, f"{detail.rstrip('.')}{more}.", errors=fields)
+    end = "" if detail.endswith("?") else "."
+    return Problem(422, own_code, f"{detail.rstrip('.')}{end}{more}", errors=fields)
 
 
 def _field_problem(item: Mapping[str, Any]) -> FieldProblem:

@@ -186,7 +186,7 @@ def _csv_rows(record: CandidateRecord) -> Iterator[list[object]]:
 def _csv_line(row: Sequence[object]) -> str:
     buffer = io.StringIO()
     # Spreadsheets run a cell that starts like a formula.
-    csv.writer(buffer, lineterminator="\n").writerow(
+    csv.writer(buffer).writerow(
         f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell for cell in row
     )
     return buffer.getvalue()
