@@ -62,8 +62,8 @@ class CandidateModels:
             return cast(nn.Module, resized)
         if not self._weights.pretrained:
             raise ModelError(
-                f"A candidate's model ({spec.name!r}) differs from the task's ({self._spec.name!r}) in more than the image "
-                "size and needs weights of its own. Give the entry a checkpoint, or use pretrained weights."
+                f"A candidate's model ({spec.name!r}) differs from the task's ({self._spec.name!r}) in more than the "
+                "image size and needs weights of its own. Give the entry a checkpoint, or use pretrained weights."
             )
         return prunefront.create_dense(spec, pretrained=True)
 

@@ -14,7 +14,7 @@ from workers.engines.base import EngineEvent, Finished
 from workers.engines.local import LocalEngine
 from workers.tasks import TaskResult, TaskSpec
 
-PATIENCE_S = 60.0  # before a test gives up on something that must happen
+PATIENCE_S = 120.0  # before a test gives up on something that must happen
 EngineFactory = Callable[..., LocalEngine]
 
 
@@ -61,7 +61,7 @@ def events_until_finished(engine: LocalEngine, *task_ids: str) -> list[EngineEve
         events += engine.poll(0.2)
         if set(task_ids) <= {event.task_id for event in events if isinstance(event, Finished)}:
             return events
-    raise AssertionError(f"{task_ids} did not finish; got {events}")
+    raise AssertionError(f"{task_ids} did not finish; the last events are {events[-3:]}")
 
 
 def run(engine: LocalEngine, spec: TaskSpec) -> TaskResult:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import prunefront
+from latency_tables.build import BuildSettings, build_table
+from latency_tables.measure import MeasureSettings, Subject
 from latency_tables.predict import predict_latency_ms
 from latency_tables.schema import LatencyTable
+from latency_tables.validate import validate_table
 from prunefront.config import ModelSpec
 from prunefront.training.data import data_config_of, evaluation_batches, open_split
 from prunefront.training.evaluate import unpack_correct
 from tests.integration.workers.conftest import events_until_finished, results_of, task
+from workers import profiling
 from workers.calibrate import score_variances
 from workers.candidate_models import CandidateModels
 from workers.engines.base import EngineEvent, Item, Progress
 from workers.engines.local import LocalEngine
 from workers.payloads import Entry, WeightsChoice
-from workers.tasks import FailureCause, JsonDict, TaskResult, TaskState
+from workers.tasks import FailureCause, JsonDict, TaskContext, TaskResult, TaskState
 
 MODEL: JsonDict = {
     "name": "vit_tiny_patch16_224",
@@ -205,23 +211,54 @@ def test_measuring_reports_each_candidate_and_the_dense_model(engine: LocalEngin
         assert measurement["speedup"] == pytest.approx(measurement["canary_ms"] / measurement["median_ms"])
 
 
-def test_building_a_table_returns_one_that_predicts_and_carries_its_report(engine: LocalEngine, tmp_path: Path) -> None:
+class TickingStopwatch:
+    """Runs every subject and calls each of its laps a millisecond, so nothing is noisy."""
+
+    def sample(self, subject: Subject) -> list[tuple[str, float]]:
+        laps: list[tuple[str, float]] = []
+        subject(lambda name: laps.append((name, 1.0)))
+        return laps
+
+
+def test_building_a_table_returns_one_that_predicts_and_carries_its_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quick = MeasureSettings(warmup_rounds=1, min_rounds=2, max_rounds=2)
+    settings = BuildSettings(
+        token_shares=(0.0, 0.5, 1.0),
+        max_token_counts=3,
+        reduction_tokens=(1.0,),
+        few_kinds=True,
+        num_whole_models=3,
+        blocks=quick,
+        reductions=quick,
+        models=quick,
+    )
+    watch = TickingStopwatch()
+    monkeypatch.setattr(profiling, "build_table", partial(build_table, settings=settings, stopwatch=watch))
+    monkeypatch.setattr(profiling, "validate_table", partial(validate_table, settings=quick, stopwatch=watch))
     partial_path = tmp_path / "partial.jsonl"
-    payload = {
-        "model": MODEL,
-        "runtime": "eager",
-        "dtype": "fp32",
-        "batch_size": 2,
-        "partial_path": str(partial_path),
-        "validate_schedules": 2,
-    }
-    result, events = run_body(engine, "table", payload)
-    table = LatencyTable.model_validate(value_of(result)["table"])
+    payload = {"model": MODEL, "runtime": "eager", "dtype": "fp32", "batch_size": 1, "partial_path": str(partial_path)}
+    payload["validate_schedules"] = 2
+    events: list[JsonDict] = []
+    value = profiling.run_table(payload, TaskContext(task("table", payload=payload), send=events.append))
+
+    table = LatencyTable.model_validate(json.loads(json.dumps(value))["table"])
     assert predict_latency_ms(table, prunefront.load_config(EVIT)) > 0
     assert table.validation is not None and table.validation.num_schedules == 2
     assert not partial_path.exists()
-    done = [event.done for event in events if isinstance(event, Progress)]
-    assert done == sorted(done) and done[-1] == 1.0
+    assert events[-1]["done"] == events[-1]["total"]
+
+
+def test_a_table_is_cancelled_between_two_samples(engine: LocalEngine, tmp_path: Path) -> None:
+    task_id = next(ids)
+    payload = {"model": MODEL, "batch_size": 1, "partial_path": str(tmp_path / "partial.jsonl")}
+    engine.submit(task("table", id=task_id, payload=payload, exclusive=True))
+    events: list[EngineEvent] = []
+    while not any(isinstance(event, Progress) for event in events):
+        events += engine.poll(0.2)
+    engine.cancel(task_id)
+    assert results_of(events_until_finished(engine, task_id))[task_id].state is TaskState.CANCELLED
 
 
 def test_measuring_without_a_dataset_uses_random_images(engine: LocalEngine) -> None:
