@@ -11,7 +11,6 @@ context.configure(
     version_table=VERSION_TABLE,
     # SQLite cannot alter most things in place: Alembic rebuilds the table.
     render_as_batch=True,
-    transactional_ddl=True,
 )
 with context.begin_transaction():
     context.run_migrations()
