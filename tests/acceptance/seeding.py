@@ -81,8 +81,10 @@ def config_of(schedule: Schedule) -> PruneConfig:
 
 def latency_ms(config: PruneConfig) -> float:
     """A smooth stand-in for a measurement: linear in MACs with a little overhead per site."""
-    return 2.0 + 9.0 * prunefront.macs(config) / prunefront.macs(PruneConfig(model=MODEL, method="hybrid")) + 0.05 * len(
-        config.sites
+    return (
+        2.0
+        + 9.0 * prunefront.macs(config) / prunefront.macs(PruneConfig(model=MODEL, method="hybrid"))
+        + 0.05 * len(config.sites)
     )
 
 
@@ -107,9 +109,16 @@ def seed_search(store: Store, *, name: str = "Digits on this CPU", state: JobSta
         config = config_of(schedule)
         predicted = latency_ms(config) * (1 + 0.02 * math.sin(len(schedule.label)))
         candidate = store.add_candidate(
-            job.id, fence, config=config.model_dump(mode="json"), config_hash=config.content_hash(),
-            label=schedule.label, origin=schedule.origin, params={}, predicted_ms=predicted, macs=prunefront.macs(config),
-        )  # fmt: skip
+            job.id,
+            fence,
+            config=config.model_dump(mode="json"),
+            config_hash=config.content_hash(),
+            label=schedule.label,
+            origin=schedule.origin,
+            params={},
+            predicted_ms=predicted,
+            macs=prunefront.macs(config),
+        )
         if schedule.is_measured:
             _measure(store, job.id, fence, candidate, schedule, config)
     store.set_progress(job.id, fence, "search", 12, 20, "12 of 20 proposals")
@@ -126,17 +135,37 @@ def _measure(
     dense_ms = latency_ms(PruneConfig(model=MODEL, method="hybrid"))
     median_ms, top1 = latency_ms(config), top1_of(config)
     store.add_measurement(
-        job_id, fence, candidate.number, stage="screened", device="cpu", runtime="eager", dtype="fp32",
-        batch_size=BATCH_SIZE, median_ms=median_ms, iqr_ms=0.012 * median_ms + 0.05, speedup=dense_ms / median_ms,
-        dense_ms=dense_ms, state="noisy" if schedule.is_noisy else "ok",
-    )  # fmt: skip
+        job_id,
+        fence,
+        candidate.number,
+        stage="screened",
+        device="cpu",
+        runtime="eager",
+        dtype="fp32",
+        batch_size=BATCH_SIZE,
+        median_ms=median_ms,
+        iqr_ms=0.012 * median_ms + 0.05,
+        speedup=dense_ms / median_ms,
+        dense_ms=dense_ms,
+        state="noisy" if schedule.is_noisy else "ok",
+    )
     for fidelity, split, num_images in (("screened", "search", 500), ("evaluated", "test", NUM_TEST_IMAGES)):
         half = 1.96 * math.sqrt(top1 * (1 - top1) / num_images)
         store.add_evaluation(
-            job_id, fence, candidate.number, fidelity=fidelity, split=split, dataset="digit-scenes",
-            num_images=num_images, top1=top1, top5=min(1.0, top1 + 0.01), loss=0.1, ci_low=top1 - half,
-            ci_high=min(1.0, top1 + half), details={},
-        )  # fmt: skip
+            job_id,
+            fence,
+            candidate.number,
+            fidelity=fidelity,
+            split=split,
+            dataset="digit-scenes",
+            num_images=num_images,
+            top1=top1,
+            top5=min(1.0, top1 + 0.01),
+            loss=0.1,
+            ci_low=top1 - half,
+            ci_high=min(1.0, top1 + half),
+            details={},
+        )
     store.update_candidate(job_id, fence, candidate.number, state="evaluated")
 
 
@@ -152,38 +181,69 @@ def latency_table() -> LatencyTable:
             median_ms = 0.1 + per_token * tokens + (2e-5 * tokens**2 if name == "attention" else 0)
             entries.append(
                 LatencyEntry(
-                    entry=name, tokens_in=tokens, tokens_out=tokens, median_ms=median_ms, iqr_ms=0.03 * median_ms,
-                    samples=30, state="noisy" if tokens == 41 else "ok",
-                )  # fmt: skip
+                    entry=name,
+                    tokens_in=tokens,
+                    tokens_out=tokens,
+                    median_ms=median_ms,
+                    iqr_ms=0.03 * median_ms,
+                    samples=30,
+                    state="noisy" if tokens == 41 else "ok",
+                )
             )
     for tokens_in, tokens_out in ((65, 33), (65, 17), (33, 17), (65, 9), (33, 9), (17, 9)):
         entries.append(
             LatencyEntry(
-                entry="block.fuse", tokens_in=tokens_in, tokens_out=tokens_out,
-                median_ms=0.3 + 0.011 * tokens_in + 0.009 * tokens_out, iqr_ms=0.03, samples=30,
-            )  # fmt: skip
+                entry="block.fuse",
+                tokens_in=tokens_in,
+                tokens_out=tokens_out,
+                median_ms=0.3 + 0.011 * tokens_in + 0.009 * tokens_out,
+                iqr_ms=0.03,
+                samples=30,
+            )
         )
     return LatencyTable(
-        name="digit_vit on Test CPU", device=DEVICE, runtime="eager", dtype="fp32", batch_size=BATCH_SIZE,
-        block_key=block_key(geometry_for(MODEL)), model=MODEL, created_at=datetime.now(UTC), build_s=41.0, dense_ms=11.0,
-        entries=tuple(entries), validation=_report(),
-    )  # fmt: skip
+        name="digit_vit on Test CPU",
+        device=DEVICE,
+        runtime="eager",
+        dtype="fp32",
+        batch_size=BATCH_SIZE,
+        block_key=block_key(geometry_for(MODEL)),
+        model=MODEL,
+        created_at=datetime.now(UTC),
+        build_s=41.0,
+        dense_ms=11.0,
+        entries=tuple(entries),
+        validation=_report(),
+    )
 
 
 def _report() -> ValidationReport:
     points = tuple(
         ValidationPoint(
-            config=config_of(schedule), predicted_ms=latency_ms(config_of(schedule)) * (1 + 0.03 * math.cos(number)),
-            measured_ms=latency_ms(config_of(schedule)), iqr_ms=0.1,
-        )  # fmt: skip
+            config=config_of(schedule),
+            predicted_ms=latency_ms(config_of(schedule)) * (1 + 0.03 * math.cos(number)),
+            measured_ms=latency_ms(config_of(schedule)),
+            iqr_ms=0.1,
+        )
         for number, schedule in enumerate(SCHEDULES[4:16])
     )
     errors = [point.relative_error for point in points]
     return ValidationReport(
-        num_schedules=len(points), seed=0, mape=sum(map(abs, errors)) / len(errors), bias=sum(errors) / len(errors),
-        within_5_percent=1.0, within_10_percent=1.0, kendall_tau=0.97, dense_ms=11.0, dense_predicted_ms=11.1, noise=0.01,
-        num_noisy=0, device=DEVICE, created_at=datetime.now(UTC), points=points,
-    )  # fmt: skip
+        num_schedules=len(points),
+        seed=0,
+        mape=sum(map(abs, errors)) / len(errors),
+        bias=sum(errors) / len(errors),
+        within_5_percent=1.0,
+        within_10_percent=1.0,
+        kendall_tau=0.97,
+        dense_ms=11.0,
+        dense_predicted_ms=11.1,
+        noise=0.01,
+        num_noisy=0,
+        device=DEVICE,
+        created_at=datetime.now(UTC),
+        points=points,
+    )
 
 
 def seed_table(store: Store) -> str:

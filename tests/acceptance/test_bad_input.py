@@ -18,49 +18,77 @@ MODEL = "digit_vit_patch6_48"
 BAD_SEARCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     # what is wrong: (changes, code, pointer, words of the sentence)
     "model": ({"model": {"name": "deit_smal_patch16_224"}}, "unknown_name", "/model", "deit_small_patch16_224"),
-    "unsupported model": ({"model": {"name": "resnet18"}}, "unsupported_model", "/model", "resnet18"),
+    "unsupported model": ({"model": {"name": "resnet18"}}, "unsupported_model", "/model", "ResNet"),
     "model of a hub": ({"model": {"name": "hf-hub:someone/model"}}, "unknown_name", "/model", "hf-hub"),
     "model of a folder": ({"model": {"name": "local-dir:etc/passwd"}}, "unknown_name", "/model", "local-dir"),
     "model argument that is a path": (
-        {"model": {"name": MODEL, "kwargs": {"checkpoint_path": "/etc/passwd"}}}, "unknown_name", "/model", "checkpoint_path",
+        {"model": {"name": MODEL, "kwargs": {"checkpoint_path": "/etc/passwd"}}},
+        "unknown_name",
+        "/model",
+        "checkpoint_path",
     ),
     "model argument that is a document": (
-        {"model": {"name": MODEL, "kwargs": {"pretrained_cfg": {"file": "/etc/passwd"}}}}, "unknown_name", "/model", "pretrained_cfg",
+        {"model": {"name": MODEL, "kwargs": {"pretrained_cfg": {"file": "/etc/passwd"}}}},
+        "unknown_name",
+        "/model",
+        "pretrained_cfg",
     ),
     "model argument of absurd size": (
-        {"model": {"name": MODEL, "kwargs": {"depth": 10**9}}}, "invalid_config", "/model", "256",
+        {"model": {"name": MODEL, "kwargs": {"depth": 10**9}}},
+        "invalid_config",
+        "/model",
+        "256",
     ),
     "image of absurd size": ({"model": {"name": MODEL, "img_size": 10**6}}, "invalid_config", "/model", "4096"),
     "image size": ({"model": {"name": MODEL, "img_size": -3}}, "invalid_config", "/model", "img_size"),
     "method": ({"space": {"methods": ["evit", "topk"]}}, "unknown_name", "/space", "topk"),
     "method without class token": (
         {"model": {"name": "vit_base_patch16_siglip_224", "num_classes": 10}, "space": {"methods": ["tome", "evit"]}},
-        "unsupported_model", "/space/methods/1", "class token",
+        "unsupported_model",
+        "/space/methods/1",
+        "class token",
     ),
     "location": ({"space": {"locations": [2, 6]}}, "invalid_config", "/space/locations/1", "0 to 5"),
-    "keep ratio": ({"space": {"min_keep_ratio": 1.5}}, "invalid_request", "/space/min_keep_ratio", "less than or equal to 1"),
+    "keep ratio": (
+        {"space": {"min_keep_ratio": 1.5}},
+        "invalid_request",
+        "/space/min_keep_ratio",
+        "less than or equal to 1",
+    ),
     "dataset": ({"dataset": "imagenet-21k"}, "unknown_name", "/dataset", "imagenet-21k"),
     "dataset that is a path": ({"dataset": "/etc"}, "invalid_request", "/dataset", "match"),
     "dataset of other classes": (
-        {"model": {"name": "deit_tiny_patch16_224"}}, "dataset", "/dataset", "1000",
+        {"model": {"name": "deit_tiny_patch16_224"}},
+        "dataset",
+        "/dataset",
+        "1000",
     ),
     "device": ({"device": "cuda:7"}, "unknown_name", "/device", "cpu"),
     "runtime": ({"runtime": "tensorrt"}, "invalid_request", "/runtime", "eager"),
     "checkpoint": ({"model": {"name": MODEL, "checkpoint": "mine"}}, "unknown_name", "/model/checkpoint", "mine"),
     "checkpoint that is a path": (
-        {"model": {"name": MODEL, "checkpoint": "a/../../../etc/passwd"}}, "unknown_name", "/model/checkpoint", "passwd",
+        {"model": {"name": MODEL, "checkpoint": "a/../../../etc/passwd"}},
+        "unknown_name",
+        "/model/checkpoint",
+        "passwd",
     ),
     "checkpoint of another model": (
-        {"model": {"name": MODEL, "checkpoint": "misfit"}}, "checkpoint", "/model/checkpoint", "lacks",
+        {"model": {"name": MODEL, "checkpoint": "misfit"}},
+        "checkpoint",
+        "/model/checkpoint",
+        "lacks",
     ),
     "checkpoint that is no file of weights": (
-        {"model": {"name": MODEL, "checkpoint": "garbage"}}, "checkpoint", "/model/checkpoint", "safetensors",
+        {"model": {"name": MODEL, "checkpoint": "garbage"}},
+        "checkpoint",
+        "/model/checkpoint",
+        "safetensors",
     ),
     "warm start": ({"warm_start_from": ["nope"]}, "unknown_name", "/warm_start_from/0", "nope"),
     "batch size": ({"batch_size": 0}, "invalid_request", "/batch_size", "greater than or equal to 1"),
     "field": ({"bathc_size": 8}, "invalid_request", "/bathc_size", "not permitted"),
     "kind": ({"kind": "dance"}, "invalid_request", "", "search"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -43,7 +43,9 @@ def test_finished_job_sends_itself_all_events_and_ends(server: Server, http: htt
 
 def test_reader_that_comes_back_gets_only_what_it_missed(server: Server, http: httpx.Client) -> None:
     first = next(event for event in events_of(http, server.search_id) if event["event"] == "note")
-    messages = [e["data"].get("message") for e in events_of(http, server.search_id, first["id"]) if e["event"] == "note"]
+    messages = [
+        e["data"].get("message") for e in events_of(http, server.search_id, first["id"]) if e["event"] == "note"
+    ]
     assert messages == ["second"]
 
 

@@ -22,7 +22,13 @@ def test_submitted_job_is_queued_and_found_at_its_location(server: Server, http:
     location = answer.headers["location"]
     job = httpx.get(server.url + location, timeout=30).json()
     assert location == f"/api/v1/jobs/{job['id']}"
-    assert (job["state"], job["kind"], job["name"], job["tags"], job["priority"]) == ("queued", "search", "Mine", ["a"], 3)
+    assert (job["state"], job["kind"], job["name"], job["tags"], job["priority"]) == (
+        "queued",
+        "search",
+        "Mine",
+        ["a"],
+        3,
+    )
     assert job["spec"]["space"]["methods"] == ["evit", "ppt", "tome", "diffrate", "hybrid"]
     assert server.store.get_job(job["id"]).spec == job["spec"]
 

@@ -130,10 +130,19 @@ def test_checkpoint_is_served_from_the_data_folder_only(server: Server, http: ht
     config = http.get(f"/jobs/{server.search_id}/trials/1/config").json()
     for number, path in enumerate((f"jobs/{job.id}/best.safetensors", "/etc/passwd")):
         server.store.add_candidate(
-            job.id, claimed.fence, config=config, config_hash=str(number), label="x", origin="sampler", params={},
-            predicted_ms=None, macs=None,
-        )  # fmt: skip
-        server.store.add_artifact(job.id, claimed.fence, number, "checkpoint", path, hashlib.sha256(b"w").hexdigest(), 1)
+            job.id,
+            claimed.fence,
+            config=config,
+            config_hash=str(number),
+            label="x",
+            origin="sampler",
+            params={},
+            predicted_ms=None,
+            macs=None,
+        )
+        server.store.add_artifact(
+            job.id, claimed.fence, number, "checkpoint", path, hashlib.sha256(b"w").hexdigest(), 1
+        )
     server.store.finish_job(job.id, claimed.fence, JobState.SUCCEEDED)
     folder = server.settings.artifacts_dir / job.id
     folder.mkdir(parents=True)

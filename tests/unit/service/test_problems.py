@@ -42,7 +42,9 @@ def test_every_domain_error_has_a_status_and_a_stable_code(error: PrunefrontErro
 
 
 def test_document_has_the_members_of_rfc_9457() -> None:
-    answer = Problem(409, "no_feasible_point", "No point fits.", extra={"nearest": {"max_latency_ms": 4}}).response("/x")
+    answer = Problem(409, "no_feasible_point", "No point fits.", extra={"nearest": {"max_latency_ms": 4}}).response(
+        "/x"
+    )
     document = json.loads(bytes(answer.body))
     assert answer.media_type == MEDIA_TYPE
     assert document == {
@@ -61,9 +63,7 @@ def test_busy_database_says_when_to_come_back() -> None:
 
 
 def test_unknown_method_in_a_job_keeps_the_sentence_and_the_code_of_the_library() -> None:
-    problem = problem_for(
-        {"kind": "search", "model": {"name": "m"}, "dataset": "d", "space": {"methods": ["evitt"]}}
-    )
+    problem = problem_for({"kind": "search", "model": {"name": "m"}, "dataset": "d", "space": {"methods": ["evitt"]}})
     assert problem.code == "unknown_name"
     assert problem.detail == "Unknown method 'evitt': did you mean 'evit'?"
     assert problem.errors[0].pointer == "/space"

@@ -39,7 +39,9 @@ def test_listed_hosts_are_answered_with_any_port(host: str) -> None:
     assert ask("GET", {"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1@evil.example", "[::1", "lab"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "", "127.0.0.1@evil.example", "[::1", "lab"]
+)
 def test_other_hosts_are_refused(host: str) -> None:
     answer = ask("GET", {"Host": host})
     assert answer.status_code == 421

@@ -1,0 +1,66 @@
+"""Probes, metrics, pages and headers of the running server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.app import create_app
+from service.settings import Settings
+from store import StoreError
+from tests.acceptance.conftest import Server
+
+
+def test_probes_answer(server: Server) -> None:
+    for path in ("/healthz", "/readyz"):
+        answer = httpx.get(server.url + path)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+def test_metrics_count_jobs_by_state_and_requests_by_route_not_by_id(server: Server) -> None:
+    httpx.get(f"{server.api}/jobs/{server.search_id}")
+    text = httpx.get(f"{server.url}/metrics").text
+    assert "prunefront_store_up 1.0" in text
+    assert 'prunefront_jobs{state="succeeded"}' in text
+    assert 'route="/api/v1/jobs/{job_id}"' in text
+    assert server.search_id not in text
+
+
+def test_pages_are_html_and_errors_are_pages_where_a_browser_asks(server: Server) -> None:
+    html = {"Accept": "text/html"}
+    for path in (
+        "/",
+        "/jobs/new",
+        f"/jobs/{server.search_id}",
+        "/latency-tables",
+        f"/latency-tables/{server.table_id}",
+    ):
+        answer = httpx.get(server.url + path, headers=html)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    missing = httpx.get(f"{server.url}/jobs/nope", headers=html)
+    assert missing.status_code == 404 and "nope" in missing.text and missing.text.startswith("<!doctype html>")
+    assert httpx.get(f"{server.url}/jobs/nope").headers["content-type"] == "application/problem+json"
+
+
+def test_name_of_a_job_cannot_inject_markup(server: Server) -> None:
+    job = server.store.create_job("table", "<script>alert(1)</script>", {"device": "cpu"})
+    page = httpx.get(f"{server.url}/jobs/{job.id}", headers={"Accept": "text/html"}).text
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    server.store.delete_job(job.id)
+
+
+@pytest.mark.anyio
+async def test_application_does_not_start_without_its_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'missing' / 'x.db' / 'y'}"
+    (tmp_path / "missing").write_text("a file where a folder should be")
+    app = create_app(Settings(data_dir=tmp_path, database_url=url))
+    with pytest.raises(StoreError):
+        async with app.router.lifespan_context(app):
+            pass
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

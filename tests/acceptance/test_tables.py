@@ -1,0 +1,90 @@
+"""Latency tables, devices and the lists of names over HTTP."""
+
+from __future__ import annotations
+
+import httpx
+
+from latency_tables.csv_import import export_csv
+from latency_tables.predict import predict_latency_ms
+from tests.acceptance.conftest import Server
+from tests.acceptance.seeding import SCHEDULES, config_of, latency_table
+
+CSV = {"Content-Type": "text/csv"}
+
+
+def test_table_is_imported_listed_and_fetched(server: Server, http: httpx.Client) -> None:
+    document = latency_table().evolve(name="imported").model_dump(mode="json")
+    answer = http.post("/latency-tables", json=document)
+    assert answer.status_code == 201, answer.text
+    table_id = answer.json()["id"]
+    assert answer.headers["location"] == f"/api/v1/latency-tables/{table_id}"
+    assert table_id in [table["id"] for table in http.get("/latency-tables").json()["items"]]
+    assert http.get(f"/latency-tables/{table_id}").json()["document"] == document
+    assert http.delete(f"/latency-tables/{table_id}").status_code == 204
+    assert http.get(f"/latency-tables/{table_id}").status_code == 404
+
+
+def test_csv_of_a_device_without_python_becomes_a_table(http: httpx.Client) -> None:
+    params = {"model": "digit_vit_patch6_48", "device": "Pixel 9"}
+    answer = http.post("/latency-tables", content=export_csv(latency_table()), headers=CSV, params=params)
+    assert answer.status_code == 201, answer.text
+    assert (answer.json()["device_name"], answer.json()["batch_size"]) == ("Pixel 9", 8)
+    http.delete(f"/latency-tables/{answer.json()['id']}")
+
+
+def test_wrong_csv_is_refused_with_its_line(http: httpx.Client) -> None:
+    params = {"model": "digit_vit_patch6_48", "device": "Pixel 9"}
+    text = export_csv(latency_table()).splitlines()
+    text[2] = text[2].replace(",", ";")
+    answer = http.post("/latency-tables", content="\n".join(text), headers=CSV, params=params)
+    assert (answer.status_code, answer.json()["code"]) == (422, "latency_table")
+    assert "line 3" in answer.json()["detail"]
+    assert http.post("/latency-tables", content="x", headers=CSV).json()["detail"].startswith("A CSV needs ?model=")
+    unknown = http.post("/latency-tables", content="x", headers=CSV, params={**params, "model": "local-dir:x"})
+    assert unknown.json()["code"] == "unknown_name"
+
+
+def test_wrong_table_is_refused(http: httpx.Client) -> None:
+    document = latency_table().model_dump(mode="json")
+    for wrong, words in (
+        ({**document, "format": "prunefront/latency-table/9"}, "latency-table/9"),
+        ({**document, "entries": []}, "entries"),
+        ({}, "not a latency table"),
+    ):
+        answer = http.post("/latency-tables", json=wrong)
+        assert (answer.status_code, answer.json()["code"]) == (422, "latency_table")
+        assert words in answer.json()["detail"]
+    assert http.post("/latency-tables", content="{}", headers={"Content-Type": "text/html"}).status_code == 415
+
+
+def test_prediction_is_that_of_the_library(server: Server, http: httpx.Client) -> None:
+    config = config_of(SCHEDULES[2])
+    body = {"config": config.model_dump(mode="json")}
+    answer = http.post(f"/latency-tables/{server.table_id}/predict", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["predicted_ms"] == predict_latency_ms(latency_table(), config)
+
+
+def test_prediction_for_other_blocks_is_refused(server: Server, http: httpx.Client) -> None:
+    body = {"config": {"model": {"name": "deit_tiny_patch16_224"}, "method": "tome"}}
+    answer = http.post(f"/latency-tables/{server.table_id}/predict", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "latency_table")
+
+
+def test_registered_device_may_be_named_by_jobs(http: httpx.Client) -> None:
+    device = {"id": "edge-1", "name": "Edge box", "kind": "cuda"}
+    assert http.post("/devices", json=device).status_code == 201
+    assert "edge-1" in [item["id"] for item in http.get("/devices").json()["items"]]
+    body = {"kind": "table", "model": {"name": "digit_vit_patch6_48"}, "device": "edge-1"}
+    assert http.post("/jobs", json=body).status_code == 202
+
+
+def test_names_that_a_job_may_use_are_listed(http: httpx.Client) -> None:
+    models = http.get("/models").json()
+    names = {model["name"] for model in models["items"]}
+    assert {"digit_vit_patch6_48", "deit_small_patch16_224"} <= names and "resnet18" not in names
+    methods = {method["name"]: method for method in http.get("/methods").json()["items"]}
+    assert methods["evit"]["ops"] == ["prune", "fuse"] and methods["evit"]["needs_class_token"]
+    assert not methods["tome"]["needs_class_token"]
+    datasets = {item["id"]: item for item in http.get("/datasets").json()["items"]}
+    assert datasets["digit-scenes"]["num_classes"] == 10 and datasets["digit-scenes"]["splits"]["test"] >= 4000
