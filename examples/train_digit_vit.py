@@ -9,21 +9,29 @@ cores. A run that was interrupted continues where its last checkpoint (``OUT.par
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import logging
-import os
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
-import prunefront.backbones
+import prunefront
+from prunefront.files import write_atomic, write_json_atomic
+from prunefront.training.data import SPLITS, SplitName, data_config_of, open_split
 from prunefront.training.digit_scenes import num_scenes, render_scenes
+from prunefront.training.evaluate import evaluate
+from prunefront.training.statistics import top1_interval
 
-MODEL_NAME = prunefront.backbones.digit_vit_patch6_48.__name__
+MODEL_NAME = "digit_vit_patch6_48"
 CHECKPOINT_EVERY_STEPS = 100
 
 _log = logging.getLogger("train_digit_vit")
@@ -57,7 +65,7 @@ def train(model: VisionTransformer, args: argparse.Namespace, checkpoint_path: P
         images, labels = training_batch(step, args.batch_size, args.seed, mean, std)
         loss = functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
         scheduler.step()
@@ -72,8 +80,24 @@ def train(model: VisionTransformer, args: argparse.Namespace, checkpoint_path: P
                 "scheduler": scheduler.state_dict(),
                 "step": done,
             }
-            torch.save(state, f"{checkpoint_path}.tmp")
-            os.replace(f"{checkpoint_path}.tmp", checkpoint_path)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomic(checkpoint_path, buffer.getvalue())
+
+
+def write_weights(model: VisionTransformer, path: Path) -> None:
+    """Store the weights as fp16 safetensors, and round the model to what was stored."""
+    state = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(path, safetensors.torch.save(state, metadata={"format": "pt"}))
+    model.load_state_dict(state)
+
+
+def accuracy(model: VisionTransformer, split: SplitName) -> dict[str, Any]:
+    """Evaluate on a whole split; the interval is clustered by source digit."""
+    dataset = open_split("digit-scenes", split, data_config=data_config_of(model))
+    result = evaluate(model, dataset, batch_size=50)
+    low, high = top1_interval(result.correct, dataset.clusters)
+    return {"num_images": result.num_images, "top1": result.top1, "top1_ci": [low, high], "loss": result.loss}
 
 
 def main() -> None:
@@ -90,7 +114,29 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(args.seed)
     model = timm.create_model(MODEL_NAME)
-    train(model, args, args.out.with_name(f"{args.out.name}.partial.pt"))
+    checkpoint_path = args.out.with_name(f"{args.out.name}.partial.pt")
+    train(model, args, checkpoint_path)
+    write_weights(model, args.out)
+    record = {
+        "model": MODEL_NAME,
+        "dataset": "digit-scenes",
+        "command": " ".join(["python", "examples/train_digit_vit.py", *sys.argv[1:]]),
+        **{key: value for key, value in vars(args).items() if key != "out"},
+        "sha256": hashlib.sha256(args.out.read_bytes()).hexdigest(),
+        "stored_as": "float16",
+        "versions": {
+            "prunefront": prunefront.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+        },
+        "accuracy": {split: accuracy(model, split) for split in SPLITS if split != "train"},
+    }
+    write_json_atomic(args.out.with_suffix(".json"), record)
+    for split, result in record["accuracy"].items():
+        low, high = result["top1_ci"]
+        _log.info("%s: top-1 %.4f (95 %% interval %.4f to %.4f)", split, result["top1"], low, high)
+    checkpoint_path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from prunefront.training.data_sources import (
 from prunefront.training.recipes import Augmentation
 
 __all__ = [
+    "SPLITS",
     "DataConfig",
     "DatasetInfo",
     "SplitDataset",

@@ -46,6 +46,8 @@ DIGIT_SCENES = "digit-scenes"
 HELD_OUT_MIN_IMAGES = 2_000
 HELD_OUT_MAX_IMAGES = 10_000
 
+_SCENES_PER_BLOCK = 256
+_MAX_BLOCKS = 48  # one epoch of every split; 80 MiB
 _STREAMED: frozenset[Scheme] = frozenset({"hfids", "tfds", "wds"})
 _SHUFFLE_BUFFER_IMAGES = 2_048
 _NAME = re.compile(r"[\w+-][\w.+ -]*(/[\w+-][\w.+ -]*)*")
@@ -115,7 +117,7 @@ class ImageSource(Protocol):
 
 
 class DigitScenesSource:
-    """The rendered scenes of ``digit-scenes``; a whole epoch is rendered at first use and kept in memory."""
+    """The scenes of ``digit-scenes``, rendered block by block at first use and kept in memory."""
 
     num_classes = digit_scenes.NUM_CLASSES
 
@@ -128,13 +130,16 @@ class DigitScenesSource:
         return digit_scenes.num_scenes(self._split)
 
     def load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
-        scenes = _rendered_split(self._split, epoch if self._split == "train" else 0)
-        return Image.fromarray(scenes.images[index]), int(scenes.labels[index])
+        block, place = divmod(index, _SCENES_PER_BLOCK)
+        scenes = _rendered_block(self._split, block, epoch if self._split == "train" else 0)
+        return Image.fromarray(scenes.images[place]), int(scenes.labels[place])
 
 
-@lru_cache(maxsize=3)
-def _rendered_split(split: SplitName, epoch: int) -> digit_scenes.Scenes:
-    return digit_scenes.render_scenes(split, range(digit_scenes.num_scenes(split)), epoch)
+@lru_cache(maxsize=_MAX_BLOCKS)
+def _rendered_block(split: SplitName, block: int, epoch: int) -> digit_scenes.Scenes:
+    start = block * _SCENES_PER_BLOCK
+    end = min(start + _SCENES_PER_BLOCK, digit_scenes.num_scenes(split))
+    return digit_scenes.render_scenes(split, range(start, end), epoch)
 
 
 class IndexedSource:
@@ -520,7 +525,8 @@ def _counted(dataset: Dataset, classes: Sequence[str]) -> int:
 
 def _class_names(dataset: Dataset, images: Any) -> list[str]:
     """Class names by label, as far as the dataset tells."""
-    mapping = getattr(getattr(images, "reader", images), "class_to_idx", None)
+    holder = getattr(images, "reader", images)
+    mapping = getattr(holder, "class_to_idx", None) or getattr(holder, "class_name_to_idx", None)
     if mapping:
         return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
     return [str(name) for name in getattr(images, "classes", None) or getattr(images, "categories", None) or ()]

@@ -176,7 +176,7 @@ def _warp(draw: Iterator[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Draw 2 x 2 matrices near the identity, shape (N, 2, 2)."""
     entries = np.stack([next(draw) for _ in range(4)], axis=-1)
     warp: NDArray[np.float32] = np.eye(2, dtype=np.float32).reshape(4) + np.float32(_WARP) * (2 * entries - 1)
-    return np.reshape(warp, (-1, 2, 2))
+    return warp.reshape(-1, 2, 2)
 
 
 def _window(digits: NDArray[np.float32], left: NDArray[np.int64], top: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -184,7 +184,8 @@ def _window(digits: NDArray[np.float32], left: NDArray[np.int64], top: NDArray[n
     reach = np.arange(_FRAGMENT_SOURCE_PX)
     rows = (top[:, None] + reach)[:, :, None]
     columns = (left[:, None] + reach)[:, None, :]
-    return digits[np.arange(len(digits))[:, None, None], rows, columns]
+    windows: NDArray[np.float32] = digits[np.arange(len(digits))[:, None, None], rows, columns]
+    return windows
 
 
 def _fragment_center(
