@@ -3,58 +3,72 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latency_tables.errors import LatencyTableError
 from latency_tables.parts import ATTENTION, BLOCK, MLP, SIZED_ATTENTION
-from latency_tables.schema import LatencyEntry, LatencyTable
+from latency_tables.schema import LatencyEntry, LatencyTable, ValidationReport
 from prunefront.errors import MissingExtraError
+from prunefront.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 150
+PICTURE_FORMATS = ("png", "svg", "pdf")
 
 
-def plot_table(table: LatencyTable) -> bytes:
-    """PNG: latency of the halves of a block and of reductions by token count, with interquartile ranges.
+def plot_table(table: LatencyTable, path: str | os.PathLike[str]) -> Path:
+    """Write a picture: halves of a block and reducing blocks by tokens, and the validation where there is one.
 
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    figure = _figure(2 if any(name.startswith(BLOCK) for name in table.entries_by_name) else 1)
-    halves = {name: table.entries_by_name.get(name, ()) for name in (ATTENTION, SIZED_ATTENTION, MLP)}
-    axes = figure.axes
-    _draw_entries(axes[0], halves, "o-")
-    axes[0].set(title="Halves of a block", xlabel="tokens", ylabel=f"ms per block (batch {table.batch_size})")
-    if len(axes) > 1:
-        blocks = {
-            name.removeprefix(BLOCK): entries
-            for name, entries in table.entries_by_name.items()
-            if name.startswith(BLOCK)
-        }
-        _draw_entries(axes[1], blocks, ".")
-        axes[1].set(title="Whole blocks that reduce", xlabel="tokens entering")
-    figure.suptitle(table.name)
-    return _png(figure)
-
-
-def plot_validation(table: LatencyTable) -> bytes:
-    """PNG: predicted against measured latency of the held-out schedules, one colour per method, with ±5 %.
+    Args:
+        table: Any table.
+        path: Target; its suffix chooses PNG, SVG or PDF.
 
     Raises:
-        LatencyTableError: If the table was not validated.
+        LatencyTableError: If the suffix is another one.
         MissingExtraError: If matplotlib is not installed.
+        FileWriteError: If the file cannot be written.
     """
-    report = table.validation
-    if report is None:
+    picture_format = Path(path).suffix.removeprefix(".").lower()
+    if picture_format not in PICTURE_FORMATS:
         raise LatencyTableError(
-            f"Table {table.name!r} was not validated, so there is nothing to plot. Run `prunefront table validate`."
+            f"A picture ends in .{', .'.join(PICTURE_FORMATS)}, but got {os.fspath(path)!r}. Rename it."
         )
-    figure = _figure(1)
-    (axes,) = figure.axes
+    return write_atomic(path, render_table(table, picture_format))
+
+
+def render_table(table: LatencyTable, picture_format: str = "png") -> bytes:
+    """The picture of `plot_table` in memory.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    groups = table.entries_by_name
+    halves = {name: groups.get(name, ()) for name in (ATTENTION, SIZED_ATTENTION, MLP)}
+    blocks = {name.removeprefix(BLOCK): entries for name, entries in groups.items() if name.startswith(BLOCK)}
+    figure = _figure(1 + bool(blocks) + (table.validation is not None))
+    panels = iter(figure.axes)
+    axes = next(panels)
+    _draw_entries(axes, halves, "o-")
+    axes.set(title="Halves of a block", xlabel="tokens", ylabel=f"ms (batch {table.batch_size})")
+    if blocks:
+        axes = next(panels)
+        _draw_entries(axes, blocks, ".")
+        axes.set(title="Whole blocks that reduce", xlabel="tokens entering", ylabel=f"ms (batch {table.batch_size})")
+    if table.validation is not None:
+        _draw_validation(next(panels), table.validation)
+    figure.suptitle(table.name)
+    out = io.BytesIO()
+    figure.savefig(out, format=picture_format, dpi=DOTS_PER_INCH)
+    return out.getvalue()
+
+
+def _draw_validation(axes: Axes, report: ValidationReport) -> None:
     highest = max(max(point.predicted_ms, point.measured_ms) for point in report.points) * 1.05
     axes.fill_between([0, highest], [0, 0.95 * highest], [0, 1.05 * highest], alpha=0.15, label="±5 %", linewidth=0)
     axes.plot([0, highest], [0, highest], linewidth=0.8, color="grey")
@@ -69,8 +83,6 @@ def plot_validation(table: LatencyTable) -> bytes:
         xlabel="measured ms", ylabel="predicted ms", xlim=(0, highest), ylim=(0, highest),
     )  # fmt: skip
     axes.legend(fontsize="small")
-    figure.suptitle(table.name)
-    return _png(figure)
 
 
 def _figure(columns: int) -> Figure:
@@ -95,9 +107,3 @@ def _draw_entries(axes: Axes, groups: Mapping[str, Sequence[LatencyEntry]], styl
             )  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="x-small")
-
-
-def _png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=DOTS_PER_INCH)
-    return out.getvalue()

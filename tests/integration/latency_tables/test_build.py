@@ -17,7 +17,7 @@ from latency_tables.csv_import import export_csv, import_csv
 from latency_tables.device import describe_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.measure import CompiledForward, MeasureSettings, Subject
-from latency_tables.plot import plot_table, plot_validation
+from latency_tables.plot import plot_table
 from latency_tables.predict import predict_latency_ms
 from latency_tables.schema import LatencyTable
 from latency_tables.validate import validate_table
@@ -131,7 +131,7 @@ def test_the_dense_model_is_predicted_as_measured(table: LatencyTable) -> None:
     )
 
 
-def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: LatencyTable) -> None:
+def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: LatencyTable, tmp_path: Path) -> None:
     report = validate_table(table, num_schedules=15, seed=1, settings=ONCE, stopwatch=WorkStopwatch())
     assert report.num_schedules == 15
     assert report.mape < 0.02
@@ -142,13 +142,14 @@ def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: Laten
     assert len({point.config.method for point in report.points}) >= 4
     validated = table.evolve(validation=report)
     assert LatencyTable.model_validate(validated.model_dump(mode="json")) == validated
-    assert plot_table(validated).startswith(b"\x89PNG")
-    assert plot_validation(validated).startswith(b"\x89PNG")
+    assert plot_table(validated, tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_table_that_was_not_validated_has_no_error_plot(table: LatencyTable) -> None:
-    with pytest.raises(LatencyTableError, match="was not validated"):
-        plot_validation(table)
+def test_a_table_that_was_not_validated_is_drawn_without_errors(table: LatencyTable, tmp_path: Path) -> None:
+    text = plot_table(table, tmp_path / "table.svg").read_text()
+    assert "Whole blocks that reduce" in text
+    with pytest.raises(LatencyTableError, match="ends in .png, .svg, .pdf, but got .*table.bmp"):
+        plot_table(table, tmp_path / "table.bmp")
 
 
 def test_an_exported_csv_is_imported_again(table: LatencyTable, tmp_path: Path) -> None:
