@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunefront.errors import PrunefrontError
@@ -43,7 +42,7 @@ def list_local_devices() -> list[LocalDevice]:
     several hundred MiB of device memory for as long as the asking process lives.
 
     Raises:
-        PrunefrontError: If a driver is loaded but torch cannot use it.
+        PrunefrontError: If torch finds CUDA devices but cannot use them.
     """
     from latency_tables.device import DeviceInfo, describe_device, usable_threads
 
@@ -78,9 +77,11 @@ def prepare_device(device: str) -> torch.device:
 
 
 def _probe_cuda() -> list[tuple[str, dict[str, object]]]:
-    """Return name and description of each CUDA device; none where no driver is loaded."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not Path("/proc/driver/nvidia").exists():
-        return []  # without a driver there is nothing to find, and importing torch would take seconds
+    """Return name and description of each CUDA device."""
+    import torch
+
+    if torch.cuda.device_count() == 0:  # counting initialises nothing
+        return []
     finished = subprocess.run(
         [sys.executable, "-c", _PROBE],
         capture_output=True,
@@ -91,7 +92,7 @@ def _probe_cuda() -> list[tuple[str, dict[str, object]]]:
     )
     if finished.returncode != 0:
         raise PrunefrontError(
-            f"An NVIDIA driver is loaded, but torch cannot list its devices: {finished.stderr.strip()[-300:]}. "
+            f"torch finds CUDA devices but cannot describe them: {finished.stderr.strip()[-300:]}. "
             "Repair the driver, or set CUDA_VISIBLE_DEVICES= to use the CPU alone."
         )
     return [(str(name), info) for name, info in json.loads(finished.stdout)]

@@ -14,7 +14,7 @@ from workers.engines.base import EngineEvent, Finished
 from workers.engines.local import LocalEngine
 from workers.tasks import TaskResult, TaskSpec
 
-PATIENCE_S = 120.0  # before a test gives up on something that must happen
+PATIENCE_S = 300.0  # before a test gives up on something that must happen
 EngineFactory = Callable[..., LocalEngine]
 
 

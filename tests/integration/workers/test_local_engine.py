@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,15 @@ def test_a_killed_controller_leaves_no_process_behind(tmp_path: Path, lock_dir: 
         controller.kill()
         controller.wait()
     wait_for(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_child_outlives_the_thread_that_started_it(engine: LocalEngine) -> None:
+    # Linux signals the end of the starting thread as if the whole controller had died.
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(engine, task("echo", id="1"))))
+    thread.start()
+    thread.join()
+    assert run(engine, task("echo", id="2")).value == results[0].value
 
 
 def test_a_controller_killed_while_its_child_starts_leaves_no_process_behind(tmp_path: Path, lock_dir: Path) -> None:
