@@ -1,0 +1,122 @@
+"""Claim: a DeiT-S table takes at most 3 minutes on a 2-core CPU and is at most 5 % off on 50 held-out schedules.
+
+Builds the table, validates it, prints a summary and, with ``--json``, the whole record:
+
+    python -m benchmarks.latency_table --json --out benchmarks/results/latency_table.json
+
+Run it on a machine that does nothing else; the record says how busy it was before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from latency_tables.build import build_table
+from latency_tables.schema import LatencyTable, ValidationReport, save_table
+from latency_tables.validate import validate_table
+from prunefront.config import ModelSpec
+from prunefront.files import write_json_atomic
+
+CLAIMED_BUILD_S = 180.0
+CLAIMED_MAPE = 0.05
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_small_patch16_224")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runtime", default="eager", choices=("eager", "compile"))
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--schedules", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the record instead of the summary")
+    parser.add_argument("--out", help="also write the record to this file")
+    parser.add_argument("--table-out", help="also write the validated table to this file")
+    arguments = parser.parse_args()
+
+    load = os.getloadavg()[0]
+    start = time.monotonic()
+    table = build_table(
+        ModelSpec(name=arguments.model),
+        device=arguments.device,
+        runtime=arguments.runtime,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        progress=_show,
+    )
+    build_s = time.monotonic() - start
+    report = validate_table(
+        table, num_schedules=arguments.schedules, seed=arguments.seed, device=arguments.device, progress=_show
+    )
+    validate_s = time.monotonic() - start - build_s
+    record = record_of(table, report, build_s, validate_s, load)
+    if arguments.out:
+        write_json_atomic(arguments.out, record)
+    if arguments.table_out:
+        save_table(table.evolve(validation=report), arguments.table_out)
+    print(json.dumps(record, indent=1) if arguments.json else summary(record))
+    return 0 if record["claim_holds"] else 1
+
+
+def record_of(
+    table: LatencyTable, report: ValidationReport, build_s: float, validate_s: float, load: float
+) -> dict[str, Any]:
+    """Everything that the claim rests on."""
+    measured = sorted(point.measured_ms / report.dense_ms for point in report.points)
+    return {
+        "command": "python -m " + " ".join(["benchmarks.latency_table", *sys.argv[1:]]),
+        "model": table.model.name,
+        "device": table.device.model_dump(mode="json"),
+        "runtime": table.runtime,
+        "dtype": table.dtype,
+        "batch_size": table.batch_size,
+        "load_before": round(load, 2),
+        "build_s": round(build_s, 1),
+        "validate_s": round(validate_s, 1),
+        "num_entries": len(table.entries),
+        "num_noisy_entries": len(table.noisy_entries),
+        "correction": table.correction.model_dump(mode="json"),
+        "dense_ms": report.dense_ms,
+        "dense_predicted_ms": report.dense_predicted_ms,
+        "num_schedules": report.num_schedules,
+        "share_of_dense": [measured[0], measured[-1]],
+        "mape": report.mape,
+        "bias": report.bias,
+        "within_5_percent": report.within_5_percent,
+        "within_10_percent": report.within_10_percent,
+        "kendall_tau": report.kendall_tau,
+        "noise": report.noise,
+        "num_noisy_schedules": report.num_noisy,
+        "claim_holds": build_s <= CLAIMED_BUILD_S and report.mape <= CLAIMED_MAPE,
+    }
+
+
+def summary(record: dict[str, Any]) -> str:
+    low, high = record["share_of_dense"]
+    return "\n".join(
+        (
+            f"{record['model']}, {record['device']['name']}, {record['device']['threads']} threads, "
+            f"{record['runtime']}, {record['dtype']}, batch {record['batch_size']} (load before: {record['load_before']})",
+            f"built in {record['build_s']:.0f} s (claim: {CLAIMED_BUILD_S:.0f} s), {record['num_entries']} entries, "
+            f"{record['num_noisy_entries']} noisy",
+            f"mean absolute error {record['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {record['bias']:+.2%}, on "
+            f"{record['num_schedules']} held-out schedules of {low:.0%} to {high:.0%} of dense",
+            f"within 5 %: {record['within_5_percent']:.0%}, within 10 %: {record['within_10_percent']:.0%}, "
+            f"Kendall's tau {record['kendall_tau']}, noise {record['noise']:.2%}",
+        )
+    )
+
+
+def _show(done: float, total: float, message: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{done / total:4.0%} {message}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
