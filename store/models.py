@@ -134,7 +134,6 @@ class Base(DeclarativeBase):
         float: FiniteFloat,
         datetime: UtcDateTime,
         JsonObject: Document,
-        list[str]: Document,
     }
 
 
@@ -153,7 +152,7 @@ class Job(Base):
     id: Mapped[str]
     kind: Mapped[str]
     name: Mapped[str]
-    tags: Mapped[list[str]]
+    tags: Mapped[list[str]] = mapped_column(Document)
     priority: Mapped[int] = mapped_column(BigInteger)
     spec: Mapped[JsonObject]
     state: Mapped[str]

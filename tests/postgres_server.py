@@ -108,14 +108,21 @@ class PostgresServer:
                 stderr=log,
                 **self._as_user(),
             )
+        try:
+            self._wait_until_it_answers(log_path)
+        except BaseException:
+            process.communicate()
+            raise
+        return process
+
+    def _wait_until_it_answers(self, log_path: Path) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
                 psycopg.connect(self.url("postgres")).close()
-                return process
+                return
             except psycopg.OperationalError as e:
                 if time.monotonic() > deadline:
-                    process.communicate()
                     tail = log_path.read_text(errors="replace")[-500:]
                     raise PostgresUnavailable(f"the server does not answer: {e}; its log ends: {tail}") from e
                 time.sleep(0.05)
