@@ -87,6 +87,17 @@ class RequestMeter:
         try:
             await self.app(scope, receive, send_noting_status)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = route_of(scope)
             self.metrics.requests.labels(scope["method"], route, str(status)).inc()
             self.metrics.duration_s.labels(route).observe(time.perf_counter() - started)
+
+
+def route_of(scope: Scope) -> str:
+    """The path with its parameters by name; one label for everything that no route answers."""
+    path: str = scope["path"]
+    if path.startswith("/static/"):
+        return "/static"
+    if "endpoint" not in scope:
+        return "other"
+    names = {str(value): f"{{{name}}}" for name, value in scope.get("path_params", {}).items()}
+    return "/".join(names.get(segment, segment) for segment in path.split("/"))

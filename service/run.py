@@ -76,6 +76,8 @@ def serve(settings: Settings, with_controller: bool, *, say: Callable[[str], Non
             supervisor.start()
         try:
             server.run(sockets=[listener])
+            if not server.started:
+                raise ConfigError("The service could not start; the lines above say why.")
         finally:
             if supervisor is not None:
                 supervisor.stop()

@@ -21,7 +21,9 @@ FIDELITIES: tuple[Fidelity, ...] = ("finetuned", "evaluated", "screened")
 
 FidelityQuery = Annotated[
     Fidelity | None,
-    Query(description="How well accuracies are known; left out, the best fidelity that any candidate has reached."),
+    Query(
+        description="How well accuracies are known; left out, the best reached, `finetuned` only once the job ended."
+    ),
 ]
 DeviceQuery = Annotated[
     str | None, Query(max_length=200, description="Device of the latencies; left out, the job's own.")
@@ -38,7 +40,7 @@ def get_front(job: JobDep, store: StoreDep, fidelity: FidelityQuery = None, devi
     "/best",
     summary="The best config under a limit",
     response_model=PruneConfig,
-    responses={200: {"content": {"application/yaml": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"application/yaml": {"schema": {"$ref": "#/components/schemas/PruneConfig"}}}}},
 )
 def get_best(
     request: Request,
@@ -85,10 +87,15 @@ def front_of(job: JobRecord, store: Store, fidelity: Fidelity | None, device: st
             409, "no_front", f"Job {job.id} is a {job.kind} job and has no front; its result names its latency table."
         )
     candidates = store.list_candidates(job.id)
-    return build_front(job, candidates, fidelity or best_fidelity(candidates), device or job.spec["device"])
+    return build_front(job, candidates, fidelity or best_fidelity(job, candidates), device or job.spec["device"])
 
 
-def best_fidelity(candidates: list[CandidateRecord]) -> Fidelity:
-    """The best fidelity that any candidate but the dense ones has reached."""
+def best_fidelity(job: JobRecord, candidates: list[CandidateRecord]) -> Fidelity:
+    """The best fidelity that measured candidates have reached.
+
+    While a job runs, its first fine-tuned candidate alone would hide the whole front, so that one waits for the end.
+    """
     reached = {e.fidelity for candidate in candidates for e in candidate.evaluations if candidate.measurements}
+    if not job.state.is_finished:
+        reached.discard("finetuned")
     return next((fidelity for fidelity in FIDELITIES if fidelity in reached), "screened")

@@ -77,7 +77,7 @@ def get_trial(trial: TrialDep) -> TrialDetail:
     "/{number}/config",
     summary="The config of a candidate",
     response_model=PruneConfig,
-    responses={200: {"content": {"application/yaml": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"application/yaml": {"schema": {"$ref": "#/components/schemas/PruneConfig"}}}}},
 )
 def get_trial_config(
     request: Request, job: JobDep, trial: TrialDep, format: Format = None, download: Download = False

@@ -19,7 +19,8 @@ from service.settings import Settings
 from store import Store, open_store
 from tests.acceptance.seeding import seed_devices, seed_search, seed_table
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 120.0  # The first look at a dataset imports what reads it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +78,5 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
     """Requests to the API, by paths under /api/v1."""
-    with httpx.Client(base_url=server.api, timeout=30.0) as client:
+    with httpx.Client(base_url=server.api, timeout=ANSWER_TIMEOUT_S) as client:
         yield client

@@ -193,7 +193,7 @@ def latency_table() -> LatencyTable:
     for tokens_in, tokens_out in ((65, 33), (65, 17), (33, 17), (65, 9), (33, 9), (17, 9)):
         entries.append(
             LatencyEntry(
-                entry="block.fuse",
+                entry="block.evit.fuse",
                 tokens_in=tokens_in,
                 tokens_out=tokens_out,
                 median_ms=0.3 + 0.011 * tokens_in + 0.009 * tokens_out,

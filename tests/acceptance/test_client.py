@@ -10,13 +10,13 @@ import pytest
 
 from prunefront.client import ApiError, Client, ClientError, JobNotSucceededError
 from store import JobState
-from tests.acceptance.conftest import Server
+from tests.acceptance.conftest import ANSWER_TIMEOUT_S, Server
 from tests.acceptance.seeding import SCHEDULES, config_of, latency_table, search_body
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Client]:
-    with Client(server.url) as opened:
+    with Client(server.url, timeout_s=ANSWER_TIMEOUT_S) as opened:
         yield opened
 
 

@@ -12,7 +12,7 @@ from service.openapi import build_openapi
 from service.problems import MEDIA_TYPE
 from tests.acceptance.conftest import Server
 
-MAX_EXAMPLES = 6
+MAX_EXAMPLES = 4
 
 schema = schemathesis.openapi.from_dict(build_openapi()).exclude(path_regex="/events$")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anyio
 import httpx
 import pytest
 
@@ -51,16 +52,13 @@ def test_name_of_a_job_cannot_inject_markup(server: Server) -> None:
     server.store.delete_job(job.id)
 
 
-@pytest.mark.anyio
-async def test_application_does_not_start_without_its_database(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'missing' / 'x.db' / 'y'}"
-    (tmp_path / "missing").write_text("a file where a folder should be")
-    app = create_app(Settings(data_dir=tmp_path, database_url=url))
-    with pytest.raises(StoreError):
+def test_application_does_not_start_without_its_database(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("stands where a folder should be")
+    app = create_app(Settings(data_dir=tmp_path, database_url=f"sqlite:///{tmp_path}/file/store.db"))
+
+    async def start() -> None:
         async with app.router.lifespan_context(app):
             pass
 
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+    with pytest.raises(StoreError):
+        anyio.run(start)

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from store import JobState
-from tests.acceptance.conftest import Server
+from tests.acceptance.conftest import ANSWER_TIMEOUT_S, Server
 from tests.acceptance.seeding import search_body
 
 
@@ -20,7 +20,7 @@ def test_submitted_job_is_queued_and_found_at_its_location(server: Server, http:
     answer = http.post("/jobs", json=search_body(name="Mine", tags=["a"], priority=3))
     assert answer.status_code == 202
     location = answer.headers["location"]
-    job = httpx.get(server.url + location, timeout=30).json()
+    job = httpx.get(server.url + location, timeout=ANSWER_TIMEOUT_S).json()
     assert location == f"/api/v1/jobs/{job['id']}"
     assert (job["state"], job["kind"], job["name"], job["tags"], job["priority"]) == (
         "queued",

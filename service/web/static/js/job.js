@@ -14,7 +14,7 @@ const id = root.dataset.jobId;
 const hasFront = root.dataset.kind !== "table";
 const path = `/jobs/${encodeURIComponent(id)}`;
 
-const view = { job: null, front: null, trials: [], budget: null, selected: null, schedule: null, isPicked: false };
+const view = { job: null, front: null, trials: [], budget: null, selected: null, schedule: null, isPicked: false, fidelity: "" };
 
 // Job ---------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ const charts = hasFront
   : null;
 
 async function loadResults() {
-  const chosen = byId("fidelity").value;
+  const chosen = view.fidelity; // Until somebody chooses, the server's choice follows the job.
   const [front, trials] = await Promise.all([get(`${path}/front${chosen ? `?fidelity=${chosen}` : ""}`), getAll(`${path}/trials`)]);
   Object.assign(view, { front, trials });
   drawFidelities();
@@ -342,7 +342,10 @@ function watch() {
 }
 
 if (hasFront) {
-  byId("fidelity").addEventListener("change", refresh);
+  byId("fidelity").addEventListener("change", () => {
+    view.fidelity = byId("fidelity").value;
+    refresh();
+  });
   byId("budget-slider").addEventListener("input", applyBudget);
   byId("copy").addEventListener("click", async () => {
     const text = byId("command").textContent;
