@@ -236,7 +236,11 @@ class LocalEngine(Engine):
     def _start_next(self, slot: _Slot) -> None:
         spec = slot.queue.popleft()
         if slot.child is None:
-            slot.child = self._start_child(slot.device)
+            try:
+                slot.child = self._start_child(slot.device)
+            except OSError as error:  # no memory for a process, no space for its log
+                self._finish(_not_started(spec, error))
+                return
         run = _Run(
             spec=spec,
             log_path=self._log_dir / f"{_log_name(spec.id)}.log",
@@ -373,7 +377,7 @@ class LocalEngine(Engine):
         elif run.stop_state is not None:
             self._finish(TaskResult(task_id=run.spec.id, state=run.stop_state, duration_s=_duration_s(run)))
         else:
-            log_path = run.log_path if is_ready else child.log_path
+            log_path = run.log_path if run.log_path.exists() else child.log_path
             self._finish(self._lost(run, exit_code, is_ready, log_path))
 
     def _timed_out(self, run: _Run) -> TaskResult:
@@ -496,6 +500,15 @@ def _child_environment(device: LocalDevice) -> dict[str, str]:
     if device.kind == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # a stray CUDA context would cost memory on a device of others
     return environment
+
+
+def _not_started(spec: TaskSpec, error: OSError) -> TaskResult:
+    failure = TaskFailure(
+        type=type(error).__name__,
+        message=f"No process could be started for this {spec.kind} task: {error}. Free memory or disk space.",
+        cause=FailureCause.START,
+    )
+    return TaskResult(task_id=spec.id, state=TaskState.LOST, failure=failure)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -133,6 +133,16 @@ def test_a_process_that_cannot_start_says_why(make_engine: EngineFactory) -> Non
     assert "no_such_module" in result.failure.log_tail
 
 
+def test_a_process_that_cannot_be_created_costs_one_task_not_the_engine(engine: LocalEngine, tmp_path: Path) -> None:
+    logs = tmp_path / "work" / "logs"
+    logs.rmdir()
+    result = run(engine, task("echo", id="1"))
+    assert result.state is TaskState.LOST and result.failure is not None
+    assert result.failure.cause == FailureCause.START
+    logs.mkdir()
+    assert run(engine, task("echo", id="2")).state is TaskState.SUCCEEDED
+
+
 def test_cancelling_lets_a_listening_task_store_its_work_and_ends_the_process(
     engine: LocalEngine, tmp_path: Path
 ) -> None:
