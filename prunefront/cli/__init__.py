@@ -1,0 +1,21 @@
+"""The `prunefront` command: one file per command; the application and torch are imported when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 the request cannot be carried out, 130 stopped."""
+    try:
+        from prunefront.cli.app import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
+            raise
+        print(
+            f"The prunefront command needs the package {error.name}, which the library alone does not install: "
+            "pip install 'prunefront[app]'.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""The command tree and the one place where errors become a sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from prunefront.cli import (
+    best,
+    controller,
+    data,
+    db,
+    demo,
+    devices,
+    doctor,
+    eval,
+    front,
+    jobs,
+    measure,
+    methods,
+    models,
+    search,
+    serve,
+    table,
+)
+from prunefront.cli import config as config_command
+from prunefront.cli.output import JobFailedError, note, print_error
+from prunefront.errors import PrunefrontError
+
+DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
+DEBUG_VARIABLE = "PRUNEFRONT_DEBUG"
+# Packages of the checkout that the wheel leaves out.
+APPLICATION = frozenset({"search", "service", "store", "workers"})
+
+app = typer.Typer(
+    name="prunefront",
+    help="Find token schedules that make a Vision Transformer faster on your device, and how accurate they really are.",
+    epilog="Start with: prunefront demo --quick",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("prunefront"))
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+_FIND = "Find a faster model"
+_LATENCY = "Latency and accuracy"
+_KNOWN = "What there is"
+_RUN = "Run the service"
+
+app.command("demo", rich_help_panel=_FIND)(demo.demo)
+app.command("search", rich_help_panel=_FIND)(search.search)
+app.command("front", rich_help_panel=_FIND)(front.front)
+app.command("best", rich_help_panel=_FIND)(best.best)
+app.add_typer(config_command.app, name="config", rich_help_panel=_FIND)
+app.add_typer(table.app, name="table", rich_help_panel=_LATENCY)
+app.command("measure", rich_help_panel=_LATENCY)(measure.measure)
+app.command("eval", rich_help_panel=_LATENCY)(eval.evaluate)
+app.command("methods", rich_help_panel=_KNOWN)(methods.methods)
+app.command("models", rich_help_panel=_KNOWN)(models.models)
+app.command("devices", rich_help_panel=_KNOWN)(devices.devices)
+app.add_typer(data.app, name="data", rich_help_panel=_KNOWN)
+app.command("serve", rich_help_panel=_RUN)(serve.serve)
+app.command("controller", rich_help_panel=_RUN)(controller.controller)
+app.add_typer(jobs.app, name="jobs", rich_help_panel=_RUN)
+app.add_typer(db.app, name="db", rich_help_panel=_RUN)
+app.command("doctor", rich_help_panel=_RUN)(doctor.doctor)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; no exception leaves it unless PRUNEFRONT_DEBUG is set."""
+    try:
+        outcome = app(list(arguments), prog_name="prunefront", standalone_mode=False)
+        return outcome if isinstance(outcome, int) else DONE
+    except typer.Abort:
+        note("Stopped.")
+        return STOPPED
+    except typer.TyperException as error:
+        message = error.format_message()
+        if message:  # empty when a group without a command has just printed its help
+            print_error(f"{message.rstrip('.')}. See {_help_command(error)}")
+        return REFUSED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; a second error at interpreter exit would only be noise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        code, sentence = describe(error)
+        print_error(sentence)
+        return code
+
+
+def describe(error: Exception) -> tuple[int, str]:
+    """Exit code and sentence for an error that ended a command."""
+    if isinstance(error, JobFailedError):
+        return FAILED, str(error)
+    if isinstance(error, PrunefrontError):
+        return REFUSED, error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").partition(".")[0]
+        if missing in APPLICATION:
+            return REFUSED, (
+                f"This command needs the prunefront application ({missing}), which the installed library does not "
+                "carry: run it in a checkout after `make install`, or in the container image."
+            )
+        return REFUSED, f"This command needs the package {missing}: pip install 'prunefront[app]'."
+    if error.__class__.__module__.startswith("pydantic"):
+        from pydantic import ValidationError
+
+        from prunefront.config import describe_validation_error
+
+        if isinstance(error, ValidationError):
+            return REFUSED, describe_validation_error(error)
+    text = " ".join(str(error).split())
+    return FAILED, (
+        f"{type(error).__name__}: {text} This is not an error prunefront foresaw; "
+        f"set {DEBUG_VARIABLE}=1 to see where it happened."
+    )
+
+
+def _help_command(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context is not None else 'prunefront'} --help"

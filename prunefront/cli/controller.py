@@ -1,0 +1,24 @@
+"""`prunefront controller`: claims jobs and works on them, until it is stopped."""
+
+from __future__ import annotations
+
+import os
+
+from prunefront.cli.serve import DatabaseUrl, DataDir, read_settings, start_logging
+
+
+def controller(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
+    """Work on the jobs of a database with the devices of this machine; Ctrl-C gives the job back.
+
+    Any number of controllers may share a Postgres database: each job is worked on by one of them.
+
+    Example: prunefront controller --database-url postgresql://prunefront@db/prunefront
+    """
+    settings = read_settings(data_dir=data_dir, database_url=database_url)
+    # The controller reads the environment, as it does as a child of the service.
+    os.environ["PRUNEFRONT_DATA_DIR"] = str(settings.data_dir)
+    os.environ["PRUNEFRONT_DATABASE_URL"] = settings.database_url
+    from search.__main__ import main
+
+    start_logging()
+    main()

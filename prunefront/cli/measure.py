@@ -1,0 +1,234 @@
+"""`prunefront measure`: latency of configs and timm models on this device, measured in turns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunefront.cli.options import (
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    Device,
+    DtypeOption,
+    ImgSize,
+    ModelKwargs,
+    NumClasses,
+    RuntimeOption,
+    model_spec,
+)
+from prunefront.cli.output import ProgressCallback, note, print_json, print_table, progress_bar, write_result
+from prunefront.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from latency_tables.measure import Measurement
+    from prunefront.config import PruneConfig
+
+CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+NUM_BATCHES = 4  # of real images, taking turns: methods that look at the image are as fast as the images let them be
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One thing to measure; a config without sites is a dense model."""
+
+    label: str
+    config: PruneConfig
+
+    @property
+    def is_dense(self) -> bool:
+        return not self.config.sites
+
+
+def measure(
+    what: Annotated[list[str], typer.Argument(metavar="CONFIG|MODEL...", help="Config files and timm model names.")],
+    device: Device = "cpu",
+    runtime: RuntimeOption = "eager",
+    dtype: DtypeOption = "fp32",
+    batch_size: BatchSize = 8,
+    dataset: Annotated[
+        str | None, typer.Option(help="Measure on its search images; random ones when left out.")
+    ] = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwarg: ModelKwargs = None,
+    checkpoint: Checkpoint = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency: every config against its dense model, interleaved so that drift cancels out.
+
+    A speed-up refers to the config's own dense model; for timm models, to the first model named. The model options
+    (--img-size, --num-classes, --model-kwarg) apply to the timm models; configs say themselves what they are.
+
+    Example: prunefront measure best.json --batch-size 8
+    """
+    from latency_tables.device import describe_device
+
+    info = describe_device(device)
+    subjects = with_dense([_subject(text, img_size, num_classes, model_kwarg) for text in what])
+    groups: dict[Shape, list[Subject]] = {}
+    for subject in subjects:
+        groups.setdefault(_input_shape(subject), []).append(subject)
+    measured: dict[str, Measurement] = {}
+    with progress_bar("Measuring") as progress:
+        for number, (shape, group) in enumerate(groups.items()):
+            measured |= _measure_group(
+                group,
+                shape,
+                checkpoint=checkpoint,
+                dataset=dataset,
+                device=device,
+                runtime=runtime,
+                dtype=dtype,
+                batch_size=batch_size,
+                progress=_share(progress, number, len(groups)),
+            )
+    rows = [describe(subject, subjects, measured, batch_size) for subject in subjects]
+    document = {
+        "device": info.model_dump(mode="json") | {"fingerprint": info.fingerprint()},
+        "runtime": runtime,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "measurements": rows,
+    }
+    if out is not None:
+        write_result(out, json.dumps(document, indent=1) + "\n")
+    if as_json:
+        print_json(document)
+        return
+    print_table(
+        ["what", "median ms", "IQR ms", "speed-up", "images/s", "MiB", "state"],
+        [
+            (
+                row["label"],
+                f"{row['median_ms']:.3f}",
+                f"{row['iqr_ms']:.3f}",
+                f"{row['speedup']:.2f} ×",
+                f"{row['images_per_s']:.0f}",
+                None if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
+                row["state"],
+            )
+            for row in rows
+        ],
+        title=f"{info.name}, {runtime}, {dtype}, batch {batch_size}",
+    )
+    for row in rows:
+        if row["reason"]:
+            note(f"{row['label']} is noisy: {row['reason']}")
+
+
+def with_dense(subjects: list[Subject]) -> list[Subject]:
+    """Put the dense model of every config in front of it, once, and make the labels unique."""
+    complete: list[Subject] = []
+    for subject in subjects:
+        if any(subject.label == other.label for other in complete):
+            raise ConfigError(f"{subject.label} is named twice; name everything once.")
+        if not subject.is_dense and not any(_has_model_of(subject, other) for other in complete + subjects):
+            dense = Subject(label=f"{subject.config.model.name} (dense)", config=subject.config.evolve(sites=()))
+            complete.append(dense)
+        complete.append(subject)
+    return complete
+
+
+def reference_of(subject: Subject, subjects: list[Subject]) -> Subject:
+    """What a speed-up refers to: a config's own dense model, a model's first companion."""
+    return next(other for other in subjects if other.is_dense and (subject.is_dense or _has_model_of(subject, other)))
+
+
+def describe(
+    subject: Subject, subjects: list[Subject], measured: dict[str, Measurement], batch_size: int
+) -> dict[str, Any]:
+    """One row of the result."""
+    measurement = measured[subject.label]
+    reference = reference_of(subject, subjects)
+    reference_ms = measured[reference.label].median_ms
+    figures = {name: value for name, value in asdict(measurement).items() if name not in ("canary_ms", "speedup")}
+    return {
+        "label": subject.label,
+        "config": subject.config.to_dict(),
+        "reference": reference.label,
+        "reference_ms": reference_ms,
+        "speedup": reference_ms / measurement.median_ms,
+        "images_per_s": 1e3 * batch_size / measurement.median_ms,
+        **figures,
+    }
+
+
+def _has_model_of(subject: Subject, other: Subject) -> bool:
+    return other.is_dense and other.config.model == subject.config.model
+
+
+def _subject(text: str, img_size: str | None, num_classes: int | None, kwargs: list[str] | None) -> Subject:
+    from prunefront.config import PruneConfig, load_config
+
+    if text.endswith(CONFIG_SUFFIXES) or Path(text).is_file():
+        return Subject(label=text, config=load_config(text))
+    spec = model_spec(text, img_size, num_classes, kwargs)
+    return Subject(label=text, config=PruneConfig(model=spec, method="hybrid"))
+
+
+def _input_shape(subject: Subject) -> Shape:
+    from prunefront.geometry import geometry_for
+
+    geometry = geometry_for(subject.config.model)
+    return (geometry.in_chans, *geometry.img_size)
+
+
+def _measure_group(
+    group: list[Subject],
+    shape: Shape,
+    *,
+    checkpoint: Path | None,
+    dataset: str | None,
+    device: str,
+    runtime: str,
+    dtype: str,
+    batch_size: int,
+    progress: ProgressCallback,
+) -> dict[str, Measurement]:
+    """Measure what takes images of one shape, in turns."""
+    import prunefront
+    from latency_tables.measure import measure_models
+
+    dense: dict[str, nn.Module] = {}
+    models: dict[str, nn.Module] = {}
+    for subject in group:
+        key = subject.config.model.model_dump_json()
+        if key not in dense:
+            dense[key] = prunefront.create_dense(
+                subject.config.model, pretrained=dataset is not None, checkpoint=checkpoint
+            )
+        models[subject.label] = dense[key] if subject.is_dense else prunefront.compress(dense[key], subject.config)
+    images = _images(dataset, next(iter(dense.values())), shape, batch_size)
+    canary = next((subject for subject in group if subject.is_dense), group[0])
+    return measure_models(
+        models, images, device=device, runtime=runtime, dtype=dtype, canary=canary.label, progress=progress
+    )
+
+
+def _images(dataset: str | None, model: nn.Module, shape: Shape, batch_size: int) -> list[Tensor]:
+    """Batches of search images of a dataset, or one of noise."""
+    import torch
+
+    if dataset is None:
+        return [torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))]
+    from prunefront.training.data import data_config_of, evaluation_batches, open_split
+
+    split = open_split(dataset, "search", data_config=data_config_of(model), num_images=NUM_BATCHES * batch_size)
+    return [images for images, _ in evaluation_batches(split, batch_size) if len(images) == batch_size]
+
+
+def _share(progress: ProgressCallback, number: int, of: int) -> ProgressCallback:
+    def report(done: float, total: float, message: str) -> None:
+        progress(number + done / total, of, message)
+
+    return report

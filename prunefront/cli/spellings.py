@@ -1,0 +1,137 @@
+"""Schedules as the papers' own repositories spell them on the command line, turned into their hyper-parameters.
+
+``--base_keep_rate 0.7 --drop_loc "(3, 6, 9)" --fuse_token`` (EViT), ``--r_tokens 50 --pp_loc_list 3 6 9
+--threshold 7e-5`` (PPT), ``--r 8`` (ToMe), ``--prune_kept_num ... --merge_kept_num ...`` (DiffRate). Dashes and
+underscores are the same; each spelling belongs to one method, which it implies.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from prunefront.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """One option of a repository's script."""
+
+    method: str
+    hparam: str  # its name in `prunefront.official`
+    read: Callable[[str], Any] | None = None  # from the words after it; None: a switch
+    switches_to: bool = True  # what a switch sets the hyper-parameter to
+
+
+def _number(text: str) -> float:
+    return float(text)
+
+
+def _locations(text: str) -> list[int]:
+    """Read ``(3, 6, 9)``, ``3,6,9`` or ``3 6 9``."""
+    return [int(part) for part in text.strip("()[] ").replace(",", " ").split()]
+
+
+def _r(text: str) -> int | list[float]:
+    """Read a number, a list or a pair: ``8``, ``[8, 8, 4]``, ``8 8 4``, ``(8, -1)``."""
+    listed = text.strip().startswith(("[", "(")) or len(text.split()) > 1
+    values = [float(part) if "." in part else int(part) for part in text.strip("()[] ").replace(",", " ").split()]
+    return values if listed else int(text)
+
+
+SPELLINGS: dict[str, Spelling] = {
+    "base_keep_rate": Spelling(method="evit", hparam="base_keep_rate", read=_number),
+    "drop_loc": Spelling(method="evit", hparam="drop_loc", read=_locations),
+    "fuse_token": Spelling(method="evit", hparam="fuse_token"),
+    "r_tokens": Spelling(method="ppt", hparam="r", read=_r),
+    "pp_loc_list": Spelling(method="ppt", hparam="pp_loc_list", read=_locations),
+    "threshold": Spelling(method="ppt", hparam="threshold", read=_number),
+    # The repository's flag switches proportional attention off, whatever its name suggests.
+    "prop_attn": Spelling(method="ppt", hparam="prop_attn", switches_to=False),
+    "r": Spelling(method="tome", hparam="r", read=_r),
+    "prune_kept_num": Spelling(method="diffrate", hparam="prune_kept_num", read=_locations),
+    "merge_kept_num": Spelling(method="diffrate", hparam="merge_kept_num", read=_locations),
+}
+# What the scripts assume where nothing is said.
+DEFAULTS: dict[str, dict[str, Any]] = {"evit": {"base_keep_rate": 0.7}, "ppt": {"r": 50}, "tome": {}, "diffrate": {}}
+# Options of methods whose scripts fix their schedules otherwise.
+FOREIGN: dict[str, str] = {"base_rate": "DynamicViT and SPViT", "attn_ratio": "Tri-Level"}
+MODEL_NAMES: dict[str, str] = {
+    f"deit_{size}_patch16_shrink_base": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")
+} | {"deit-t": "deit_tiny_patch16_224", "deit-s": "deit_small_patch16_224", "deit-b": "deit_base_patch16_224"}
+
+
+def read_spelling(arguments: Sequence[str], method: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Read a repository's options.
+
+    Args:
+        arguments: The options, as they stood on the command line.
+        method: The method the user named, or None to follow from the spelling.
+
+    Returns:
+        The method and its hyper-parameters, as `prunefront.official.official_sites` takes them.
+
+    Raises:
+        ConfigError: If an option is unknown, belongs to another method than the rest, or has a value out of place.
+    """
+    words = [_normalised(word) for word in arguments]
+    used = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    for name in used:
+        if name in FOREIGN:
+            raise ConfigError(f"--{name} belongs to {FOREIGN[name]}, whose schedules have no spelling here.")
+        if name not in SPELLINGS:
+            known = ", ".join(f"--{spelling}" for spelling in SPELLINGS)
+            raise ConfigError(f"--{name} is not part of a schedule; the repositories' own options are {known}.")
+    owners = {SPELLINGS[name].method: f"--{name} of {SPELLINGS[name].method}" for name in used}
+    if method is not None:
+        owners.setdefault(method, f"--method {method}")
+    if len(owners) > 1:
+        raise ConfigError(f"Options of one method are needed, but got {' and '.join(owners.values())}; leave one out.")
+    if not used:
+        raise ConfigError(f"Expected options of a schedule, but got {' '.join(arguments)!r}; see config new --help.")
+    (owner,) = owners
+    return owner, DEFAULTS[owner] | _hparams(words)
+
+
+def _hparams(words: Sequence[str]) -> dict[str, Any]:
+    parser = _Parser()
+    for name, spelling in SPELLINGS.items():
+        if spelling.read is None:
+            parser.add_argument(f"--{name}", action="store_true", default=None)
+        else:
+            parser.add_argument(f"--{name}", nargs="+")
+    values: dict[str, Any] = {}
+    for name, given in vars(parser.parse_args(words)).items():
+        if given is None:
+            continue
+        spelling = SPELLINGS[name]
+        if spelling.read is None:
+            values[spelling.hparam] = spelling.switches_to
+            continue
+        try:
+            values[spelling.hparam] = spelling.read(" ".join(given))
+        except ValueError as error:
+            raise ConfigError(f"--{name} expects numbers, but got {' '.join(given)!r}.") from error
+    r = values.get("r")
+    # A pair (r, inflection) is told from a list by its second value.
+    if isinstance(r, list) and len(r) == 2 and -1 <= r[1] <= 1:
+        values["r_kind"] = "(r, inflection)"
+    return values
+
+
+def _normalised(word: str) -> str:
+    """Dashes inside an option's name become underscores."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.")

@@ -1,0 +1,295 @@
+"""`prunefront table`: latency tables, which predict the latency of any schedule on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from prunefront.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    DtypeOption,
+    ImgSize,
+    ModelKwargs,
+    NumClasses,
+    RuntimeOption,
+    Url,
+    model_spec,
+)
+from prunefront.cli.output import note, print_fields, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from latency_tables.schema import LatencyTable, ValidationReport
+
+app = typer.Typer(help="Build and use latency tables.", no_args_is_help=True)
+
+TableFile = Annotated[Path, typer.Argument(help="Latency table (JSON).")]
+
+
+@app.command("build")
+def build(
+    model: Annotated[str, typer.Argument(help="timm model; the table serves every model with such blocks.")],
+    device: Device = "cpu",
+    runtime: RuntimeOption = "eager",
+    dtype: DtypeOption = "fp32",
+    batch_size: BatchSize = 8,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwarg: ModelKwargs = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; named after model and device when left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model's blocks at many token counts and write the table.
+
+    An interrupted build goes on where it was: what is finished stays in a file beside the table until it is complete.
+
+    Example: prunefront table build deit_small_patch16_224 --batch-size 8
+    """
+    from latency_tables.build import build_table
+    from latency_tables.schema import save_table
+
+    target = out or Path(f"{model}-{device.replace(':', '')}-{runtime}-{dtype}-b{batch_size}.table.json")
+    with progress_bar(f"Table of {model}") as progress:
+        table = build_table(
+            model_spec(model, img_size, num_classes, model_kwarg),
+            device=device,
+            runtime=runtime,
+            dtype=dtype,
+            batch_size=batch_size,
+            partial_path=target.with_name(f"{target.name}.partial"),
+            progress=progress,
+        )
+    save_table(table, target)
+    note(f"Wrote {target}")
+    if as_json:
+        print_json(_head(table) | {"file": str(target)})
+    else:
+        _print_head(table)
+
+
+@app.command("show")
+def show(file: TableFile, as_json: AsJson = False) -> None:
+    """Show what a table was measured for, its entries and the error it may claim.
+
+    Example: prunefront table show deit_small_patch16_224-cpu-eager-fp32-b8.table.json
+    """
+    from latency_tables.schema import load_table
+
+    table = load_table(file)
+    if as_json:
+        print_json(_head(table) | {"entries": [entry.model_dump(mode="json") for entry in table.entries]})
+        return
+    _print_head(table)
+    print_table(
+        ["entry", "tokens in", "tokens out", "median ms", "IQR ms", "samples", "state"],
+        [
+            (
+                entry.entry,
+                entry.tokens_in,
+                entry.tokens_out,
+                f"{entry.median_ms:.4f}",
+                f"{entry.iqr_ms:.4f}",
+                entry.samples,
+                entry.state,
+            )
+            for entry in sorted(table.entries, key=lambda entry: entry.key)
+        ],
+    )
+
+
+@app.command("predict")
+def predict(
+    file: TableFile,
+    configs: Annotated[list[Path], typer.Argument(help="Configs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Predict the latency of configs, each beside its dense model. Nothing is run.
+
+    Example: prunefront table predict digit.table.json best.json
+    """
+    from latency_tables.predict import predict_latency_ms
+    from latency_tables.schema import load_table
+    from prunefront.config import load_config
+
+    table = load_table(file)
+    rows = []
+    for path in configs:
+        config = load_config(path)
+        predicted_ms = predict_latency_ms(table, config)
+        dense_ms = predict_latency_ms(table, config.evolve(sites=()))
+        rows.append(
+            {
+                "config": str(path),
+                "predicted_ms": predicted_ms,
+                "dense_predicted_ms": dense_ms,
+                "predicted_speedup": dense_ms / predicted_ms,
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ["config", "predicted ms", "dense ms", "speed-up"],
+        [
+            (
+                row["config"],
+                f"{row['predicted_ms']:.3f}",
+                f"{row['dense_predicted_ms']:.3f}",
+                f"{row['predicted_speedup']:.2f} ×",
+            )
+            for row in rows
+        ],
+        title=_measured_for(table),
+    )
+
+
+@app.command("validate")
+def validate(
+    file: TableFile,
+    schedules: Annotated[int, typer.Option(min=1, help="Held-out schedules to measure.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Which schedules are drawn.")] = 0,
+    write: Annotated[bool, typer.Option("--write", help="Store the report in the table's file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure whole models that the table has not seen and compare them with its predictions.
+
+    Example: prunefront table validate digit.table.json --schedules 50
+    """
+    from latency_tables.schema import load_table, save_table
+    from latency_tables.validate import validate_table
+
+    table = load_table(file)
+    with progress_bar("Validating") as progress:
+        report = validate_table(table, num_schedules=schedules, seed=seed, progress=progress)
+    if write:
+        save_table(table.evolve(validation=report), file)
+        note(f"Wrote {file}")
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    print_fields(_report_fields(report))
+
+
+@app.command("import")
+def import_table(
+    csv: Annotated[Path, typer.Argument(help="CSV: entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples.")],
+    model: Annotated[str, typer.Option(help="timm model whose blocks were timed.")],
+    device_name: Annotated[str, typer.Option(help="The device, as you call it.")],
+    runtime: Annotated[
+        Literal["eager", "compile", "cudagraph", "onnxruntime", "tensorrt"], typer.Option(help="How it was executed.")
+    ],
+    dtype: DtypeOption = "fp32",
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwarg: ModelKwargs = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; named after the CSV when left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a table of latencies that were measured elsewhere, for devices without Python.
+
+    Example: prunefront table import phone.csv --model deit_small_patch16_224 --device-name phone --runtime onnxruntime
+    """
+    from latency_tables.csv_import import import_csv
+    from latency_tables.schema import DeviceInfo, save_table
+
+    table = import_csv(
+        csv,
+        spec=model_spec(model, img_size, num_classes, model_kwarg),
+        device=DeviceInfo(kind="other", name=device_name),
+        runtime=runtime,
+        dtype=dtype,
+    )
+    target = out or csv.with_suffix(".table.json")
+    save_table(table, target)
+    note(f"Wrote {target}")
+    if as_json:
+        print_json(_head(table) | {"file": str(target)})
+    else:
+        _print_head(table)
+
+
+@app.command("push")
+def push(file: TableFile, url: Url = None, as_json: AsJson = False) -> None:
+    """Store a table, so that searches use it: on this machine, or in the service at --url.
+
+    Example: prunefront table push digit.table.json --url http://127.0.0.1:8000
+    """
+    from prunefront.cli.connection import connect
+
+    document = _load(file).model_dump(mode="json")
+    with connect(url) as client:
+        stored = client.push_table(document)
+    if as_json:
+        print_json(stored)
+    else:
+        note(f"Stored table {stored['id']}; the next search with its device, runtime, dtype and batch size uses it.")
+
+
+@app.command("plot")
+def plot(
+    file: TableFile,
+    out: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Draw a table: latency by token count and, if validated, predicted against measured.
+
+    Example: prunefront table plot digit.table.json --out table.png
+    """
+    from latency_tables.plot import plot_table
+    from latency_tables.schema import load_table
+
+    target = out or file.with_suffix(".png")
+    plot_table(load_table(file), target)
+    note(f"Wrote {target}")
+
+
+def _load(file: Path) -> LatencyTable:
+    from latency_tables.schema import load_table
+
+    return load_table(file)
+
+
+def _head(table: LatencyTable) -> dict[str, Any]:
+    """What a table says about itself, without its entries and the points of its validation."""
+    document = table.model_dump(mode="json", exclude={"entries": True, "validation": {"points"}})
+    return document | {
+        "device_fingerprint": table.device.fingerprint(),
+        "num_entries": len(table.entries),
+        "num_noisy_entries": len(table.noisy_entries),
+    }
+
+
+def _measured_for(table: LatencyTable) -> str:
+    return f"{table.device.name}, {table.runtime}, {table.dtype}, batch {table.batch_size}"
+
+
+def _print_head(table: LatencyTable) -> None:
+    built = None if table.build_s is None else f"in {table.build_s:.0f} s on {table.created_at:%Y-%m-%d %H:%M} UTC"
+    fields: list[tuple[str, object]] = [
+        ("table", table.name),
+        ("measured for", _measured_for(table)),
+        ("threads", table.device.threads),
+        ("blocks of", table.model.name),
+        (table.source, built),
+        ("entries", f"{len(table.entries)}, {len(table.noisy_entries)} of them noisy"),
+        ("dense", None if table.dense_ms is None else f"{table.dense_ms:.3f} ms"),
+    ]
+    print_fields(fields)
+    if table.validation is not None:
+        print_fields(_report_fields(table.validation))
+    else:
+        note("Not validated yet: prunefront table validate measures the error of its predictions.")
+
+
+def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:
+    return [
+        ("mean absolute error", f"{report.mape:.2%} on {report.num_schedules} held-out schedules"),
+        ("bias", f"{report.bias:+.2%}"),
+        ("within 5 %", f"{report.within_5_percent:.0%}"),
+        ("within 10 %", f"{report.within_10_percent:.0%}"),
+        ("rank agreement", None if report.kendall_tau is None else f"{report.kendall_tau:.3f} (Kendall's tau)"),
+        ("dense", f"{report.dense_ms:.3f} ms measured, {report.dense_predicted_ms:.3f} ms predicted"),
+        ("noise", f"{report.noise:.2%} of the median; {report.num_noisy} schedules stayed noisy"),
+    ]
