@@ -21,7 +21,10 @@ MAY_IMPORT = {
 }
 HEAVY = {"torch", "timm", "optuna", "fastapi", "sqlalchemy", "numpy", "pandas", "matplotlib"}
 SOURCES = sorted(
-    path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if not path.is_relative_to(ROOT / "prunefront/cli")
+    path
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*.py")
+    if not path.is_relative_to(ROOT / "prunefront/cli")
 )
 COMMANDS = sorted((ROOT / "prunefront/cli").glob("*.py"))
 
