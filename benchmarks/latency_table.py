@@ -102,7 +102,7 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"{record['model']}, {record['device']['name']}, {record['device']['threads']} threads, "
-            f"{record['runtime']}, {record['dtype']}, batch {record['batch_size']} (load before: {record['load_before']})",
+            f"{record['runtime']}, {record['dtype']}, batch {record['batch_size']}; load {record['load_before']}",
             f"built in {record['build_s']:.0f} s (claim: {CLAIMED_BUILD_S:.0f} s), {record['num_entries']} entries, "
             f"{record['num_noisy_entries']} noisy",
             f"mean absolute error {record['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {record['bias']:+.2%}, on "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,7 +248,8 @@ class _Build:
         most = self.geometry.num_tokens
         counts = sorted({max(least, round(share * most)) for share in settings.token_shares})
         ends = [self._stem(), self._head(most), self._head(max(least, most // 4))]
-        sized = [self._chain(count, sized=True) for count in counts]
+        sized_counts = counts[-2:] if self.runtime == "compile" else counts
+        sized = [self._chain(count, sized=True) for count in sized_counts]
         self._group("blocks", [*(self._chain(count) for count in counts), *ends, *sized], settings.blocks, 0.0, 0.6)
         # Refine between two counts until the middle lies on the line between them.
         open_gaps = list(itertools.pairwise(counts))
@@ -291,22 +293,26 @@ class _Build:
                 cost=lambda config: predictor.predict(plan_schedule(config, self.geometry)).latency_ms,
             ),
         ]  # fmt: skip
-        todo = {key: config for config in configs if (key := config.content_hash()) not in finished}
+        todo = {
+            f"schedule {number} of {len(configs)}": config
+            for number, config in enumerate(configs, start=1)
+            if config.content_hash() not in finished
+        }
         if not todo:
             return
         started = time.monotonic()
         subjects: dict[str, Subject] = {}
         rounds: dict[str, int] = {}
         for number, (key, config) in enumerate(todo.items()):
-            self._report("whole models", 0.3 * number / len(todo), f"warming up schedule {number + 1} of {len(todo)}")
+            self._report("whole models", 0.3 * number / len(todo), f"warming up {key}")
             self._stop_if_asked()
             model = self.model if not config.sites else compress(self.model, config)
             subjects[key] = self.canary if not config.sites else whole_model(self._ready(model), [self.images])
             rounds[key] = rounds_for(warm_up(subjects[key], self.stopwatch, self.settings.models), self.settings.models)
-        measured = self._measure(subjects, rounds, {}, self.settings.models, "whole models", 0.3, 1.0)
+        canary_ms, measured = self._measure(subjects, rounds, {}, self.settings.models, "whole models", 0.3, 1.0)
         self.partial.append(
             FinishedGroup(
-                canary_ms=next(iter(measured.values()))[WHOLE].canary_ms,
+                canary_ms=canary_ms,
                 whole_models=tuple(
                     (config, measured[key][WHOLE].median_ms, measured[key][WHOLE].iqr_ms)
                     for key, config in todo.items()
@@ -352,19 +358,18 @@ class _Build:
         """All blocks one after the other on ``tokens`` tokens, a lap per half; compiled: one block's halves."""
         x = self.tokens[:, :tokens].contiguous()
         name = SIZED_ATTENTION if sized else ATTENTION
-        blocks = self.blocks[:1] if self.runtime == "compile" else self.blocks
-        halves: list[tuple[Forward, Forward]] = []
-        for block in blocks:
-            attention: nn.Module = AttentionHalf(block, sized=sized)
-            halves.append((self._part(attention), self._part(MlpHalf(block))))
+        compiled = self.runtime == "compile"
+        halves: list[tuple[str, Forward]] = []
+        for block in self.blocks[:1] if compiled else self.blocks:
+            halves.append((name, self._part(AttentionHalf(block, sized=sized))))
+            if not (compiled and sized):  # That MLP is compiled and timed already.
+                halves.append((MLP, self._part(MlpHalf(block))))
 
         def subject(lap: Lap) -> None:
             h = x
-            for attention, mlp in halves:
-                h = attention(h)
-                lap(name)
-                h = mlp(h)
-                lap(MLP)
+            for half, forward in halves:
+                h = forward(h)
+                lap(half)
 
         entries = {name: (name, tokens, tokens)}
         if not sized:
@@ -424,7 +429,7 @@ class _Build:
         self, stage: str, planned: Sequence[_Planned], settings: MeasureSettings, start: float, end: float
     ) -> None:
         """Measure what is not finished yet, as one interleaved run, and remember it."""
-        todo = {str(key): one for key, one in enumerate(planned) if set(one.entries.values()) - self.done}
+        todo = {_describe(one): one for one in planned if set(one.entries.values()) - self.done}
         if not todo:
             self._skipped_share = max(self._skipped_share, self._share(stage, end))
             return
@@ -434,12 +439,12 @@ class _Build:
         for number, (key, one) in enumerate(todo.items()):
             self._stop_if_asked()
             at = start + 0.3 * (end - start) * number / len(todo)
-            self._report(stage, at, f"warming up {_describe(one)}")
+            self._report(stage, at, f"warming up {key}")
             memory[key] = peak_memory_mib(partial(self.stopwatch.sample, one.subject), self.device, one.module)
             rounds[key] = rounds_for(warm_up(one.subject, self.stopwatch, settings), settings)
-        measured = self._measure(
+        canary_ms, measured = self._measure(
             {key: one.subject for key, one in todo.items()}, rounds, memory, settings, stage,
-            start + 0.3 * (end - start), end, {key: _describe(one) for key, one in todo.items()},
+            start + 0.3 * (end - start), end,
         )  # fmt: skip
         entries = [
             _entry(entry, measured[key][lap], memory[key])
@@ -447,7 +452,6 @@ class _Build:
             for lap, entry in one.entries.items()
             if entry not in self.done
         ]
-        canary_ms = next(iter(next(iter(measured.values())).values())).canary_ms
         self.partial.append(
             FinishedGroup(canary_ms=canary_ms, entries=tuple(entries), seconds=time.monotonic() - started)
         )
@@ -462,19 +466,24 @@ class _Build:
         stage: str,
         start: float,
         end: float,
-        names: Mapping[str, str] | None = None,
-    ) -> dict[str, dict[str, Measurement]]:
+    ) -> tuple[float, dict[str, dict[str, Measurement]]]:
+        """Measurements by subject and lap, and the canary's latency that they all refer to."""
+
         def report(done: float, total: float, message: str) -> None:
-            text = (names or {}).get(message, stage)
-            self._report(stage, start + (end - start) * done / total, f"measuring {text}")
+            self._report(stage, start + (end - start) * done / total, f"measuring {message}")
 
         # A spread of 1 % of what a block costs on average does not matter, however little the entry itself takes.
         canary_ms = sum(ms for _, ms in self.stopwatch.sample(self.canary))
-        return measure_subjects(
+        measured = measure_subjects(
             subjects, canary=self.canary, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
             peak_memory=memory, negligible_ms=0.01 * canary_ms / self.geometry.depth,
             progress=report, should_stop=self._should_stop,
         )  # fmt: skip
+        # Attempts differ in how fast the machine was.
+        reference_ms = statistics.median(one.canary_ms for laps in measured.values() for one in laps.values())
+        return reference_ms, {
+            key: {lap: one.at_canary(reference_ms) for lap, one in laps.items()} for key, laps in measured.items()
+        }
 
     def _interpolation_error(self, low: int, middle: int, high: int) -> float:
         """Relative error of the straight line at the middle, for a whole block."""

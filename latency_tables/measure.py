@@ -63,6 +63,12 @@ class Measurement:
     state: Literal["ok", "noisy"]
     reason: str | None  # Why it is noisy.
 
+    def at_canary(self, canary_ms: float) -> Measurement:
+        """The same measurement on the machine as fast as when the canary took ``canary_ms``."""
+        factor = canary_ms / self.canary_ms
+        names = ("median_ms", "iqr_ms", "p10_ms", "p90_ms", "p99_ms")
+        return dataclasses.replace(self, canary_ms=canary_ms, **{name: getattr(self, name) * factor for name in names})
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:

@@ -150,6 +150,16 @@ def test_a_quiet_attempt_replaces_a_noisy_one() -> None:
     assert measured["settling"].median_ms == pytest.approx(5.0)
 
 
+def test_a_measurement_is_brought_to_another_speed_of_the_machine() -> None:
+    clock = FakeClock()
+    models = {"dense": clock.model(10.0), "small": clock.model(4.0)}
+    small = measure_models(
+        models, IMAGES, device="cpu", canary="dense", settings=SETTINGS, stopwatch=WallStopwatch(clock)
+    )["small"].at_canary(20.0)
+    assert (small.median_ms, small.p90_ms, small.canary_ms) == pytest.approx((8.0, 8.0, 20.0))
+    assert small.speedup == pytest.approx(2.5)
+
+
 def test_a_canary_that_moves_too_much_makes_a_run_noisy() -> None:
     clock = FakeClock(lambda now: 1.0 if now < 0.3 else 2.0)
     measured = measure_models(
