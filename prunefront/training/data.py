@@ -1,7 +1,7 @@
 """Splits of a dataset as a model sees them: decoded, transformed by timm, normalised.
 
 ``open_split`` is what evaluation and fine-tuning read; ``dataset_info`` is what ``GET /datasets`` and
-``prunefront data inspect`` show. Where the images come from is the business of ``prunefront.training.data_sources``.
+``prunefront data inspect`` show. Where the images come from is the business of ``data_sources``.
 """
 
 from __future__ import annotations
@@ -24,18 +24,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from prunefront.config import StrictModel
 from prunefront.errors import DatasetError
-from prunefront.training import data_sources
-from prunefront.training.data_sources import (
-    SPLITS,
-    ImageSource,
-    SplitName,
-    StreamedSource,
-    list_datasets,
-    open_source,
-    plan_splits,
-    resolve_dataset,
-)
+from prunefront.training.data_sources import ImageSource, StreamedSource, open_source
+from prunefront.training.dataset_ids import SPLITS, SplitName, list_datasets, resolve_dataset
 from prunefront.training.recipes import Augmentation
+from prunefront.training.split_plan import has_any_image, plan_splits
 
 __all__ = [
     "SPLITS",
@@ -376,7 +368,7 @@ def check_dataset(dataset_id: str, *, needs_train: bool = False) -> None:
         raise DatasetError(
             f"Fine-tuning needs training images, but {dataset_id!r} has none. Add a 'train' folder or do not fine-tune."
         )
-    if not data_sources.has_any_image(dataset):
+    if not has_any_image(dataset):
         raise DatasetError(
             f"The dataset {dataset_id!r} has no images in {dataset.path}. Put one folder of images per class there."
         )

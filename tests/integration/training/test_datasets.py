@@ -28,7 +28,9 @@ from prunefront.training.data import (
     open_split,
     training_batches,
 )
+from prunefront.training.dataset_ids import resolve_dataset
 from prunefront.training.recipes import Augmentation
+from prunefront.training.split_plan import held_out_indices
 from tests.integration.training.image_folders import write_images
 from tests.unit.training.models import DATA_CONFIG, tiny_vit
 
@@ -78,25 +80,25 @@ def test_held_out_images_are_nobody_elses(root):
 
     keys = {}
     for split in ("train", "search", "test"):
-        source = data_sources.open_source(data_sources.resolve_dataset("imagefolder:grey"), split)
+        source = data_sources.open_source(resolve_dataset("imagefolder:grey"), split)
         keys[split] = set(source._indices)
     assert sorted(sum(map(list, keys.values()), [])) == list(range(40))
 
 
 def test_holding_out_depends_on_names_alone():
     names = [f"class_{index % 3}/{index}.png" for index in range(200)]
-    parts = data_sources.held_out_indices(names, ("search",))
-    backwards = data_sources.held_out_indices(names[::-1], ("search",))
+    parts = held_out_indices(names, ("search",))
+    backwards = held_out_indices(names[::-1], ("search",))
 
     assert len(parts["search"]) == 50
     assert {names[index] for index in parts["search"]} == {names[::-1][index] for index in backwards["search"]}
     # A new image moves no more than one of the others.
-    more = data_sources.held_out_indices([*names, "class_0/new.png"], ("search",))
+    more = held_out_indices([*names, "class_0/new.png"], ("search",))
     assert len(set(parts["search"]) - set(more["search"])) <= 1
 
 
 def test_large_datasets_give_at_most_ten_thousand_images_away():
-    parts = data_sources.held_out_indices([str(index) for index in range(120_000)], ("search", "test"))
+    parts = held_out_indices([str(index) for index in range(120_000)], ("search", "test"))
 
     assert [len(parts[name]) for name in ("search", "test", "rest")] == [10_000, 10_000, 100_000]
 
