@@ -17,7 +17,7 @@ START_TIMEOUT_S = 60.0
 
 
 @contextmanager
-def connect(url: str | None, *, with_controller: bool = False) -> Iterator[Client]:
+def connect(url: str | None, *, with_controller: bool = False, offers_devices: bool = False) -> Iterator[Client]:
     """A client of the service at ``url``, or of one that lives as long as the block.
 
     The service of the block is the ordinary one on a free loopback port, with the data folder and the database of the
@@ -26,6 +26,7 @@ def connect(url: str | None, *, with_controller: bool = False) -> Iterator[Clien
     Args:
         url: Address of a running service; None for this machine.
         with_controller: Without ``url``: also run the jobs meanwhile.
+        offers_devices: Without ``url``: let jobs name this machine's devices, though nobody has served here yet.
     """
     from prunefront.client import Client
 
@@ -33,12 +34,12 @@ def connect(url: str | None, *, with_controller: bool = False) -> Iterator[Clien
         with Client(url) as client:
             yield client
         return
-    with _own_service(with_controller) as own_url, Client(own_url) as client:
+    with _own_service(with_controller, with_controller or offers_devices) as own_url, Client(own_url) as client:
         yield client
 
 
 @contextmanager
-def _own_service(with_controller: bool) -> Iterator[str]:
+def _own_service(with_controller: bool, offers_devices: bool) -> Iterator[str]:
     import uvicorn
 
     from service.app import create_app
@@ -50,8 +51,7 @@ def _own_service(with_controller: bool) -> Iterator[str]:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     settings.checkpoints_dir.mkdir(exist_ok=True)
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        # Devices are what a controller offers; without one here, the jobs go to the controllers that there are.
-        prepare_store(settings, with_controller)
+        prepare_store(settings, offers_devices)
         app = create_app(settings)
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1)

@@ -118,7 +118,7 @@ def search(
             "seed": seed,
         }
     )
-    with connect(url, with_controller=not detach) as client:
+    with connect(url, with_controller=not detach, offers_devices=True) as client:
         job = client.submit(body)
         note(f"Submitted job {job['id']}")
         if detach:
