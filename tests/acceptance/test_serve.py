@@ -106,6 +106,7 @@ def test_controller_sees_the_store_and_the_data_of_the_service(tmp_path: Path) -
 def test_controller_leaves_with_a_service_that_was_killed(tmp_path: Path, environment: dict[str, str]) -> None:
     # A package `search` of the test's own stands in for the controller; only its life is looked at.
     (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "__init__.py").touch()
     pids = tmp_path / "pids"
     (tmp_path / "search" / "__main__.py").write_text(
         f"import os, time\nopen({str(pids)!r}, 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)\n"
@@ -116,10 +117,11 @@ def test_controller_leaves_with_a_service_that_was_killed(tmp_path: Path, enviro
         " stdin=subprocess.PIPE, start_new_session=True)\ntime.sleep(600)"
     )
     environment = {**environment, "PYTHONPATH": str(tmp_path)}
-    parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
-    pid = int(wait_for(pids, r"\d+\n")[0])
-    parent.kill()
-    parent.wait()
+    with subprocess.Popen([sys.executable, "-c", program], env=environment) as parent:
+        try:
+            pid = int(wait_for(pids, r"\d+\n")[0])
+        finally:
+            parent.kill()
     wait_until_gone(pid)
 
 
@@ -146,12 +148,15 @@ def test_url_is_one_that_a_browser_here_can_open() -> None:
 @pytest.mark.slow
 def test_service_prints_its_address_answers_and_ends_on_a_signal(tmp_path: Path, environment: dict[str, str]) -> None:
     output = tmp_path / "out"
-    with output.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-u", "-m", "service"], env=environment, stdout=out, stderr=out)
-    url = wait_for(output, r"prunefront is at (http://127.0.0.1:\d+)")[1]
-    assert httpx.get(f"{url}/readyz", timeout=30).status_code == 200
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(TIMEOUT_S) == 0, output.read_text()
+    command = [sys.executable, "-u", "-m", "service"]
+    with output.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
+        try:
+            url = wait_for(output, r"prunefront is at (http://127.0.0.1:\d+)")[1]
+            assert httpx.get(f"{url}/readyz", timeout=TIMEOUT_S).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT_S) == 0, output.read_text()
+        finally:
+            process.kill()
     assert "Traceback" not in output.read_text()
 
 
