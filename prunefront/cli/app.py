@@ -49,9 +49,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from prunefront import __version__
 
-        typer.echo(version("prunefront"))
+        typer.echo(__version__)
         raise typer.Exit()
 
 

@@ -1,0 +1,223 @@
+"""Commands as a user types them, on models small enough to run anywhere."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunefront.cli.app import run
+from prunefront.config import load_config
+
+TINY = [
+    "--img-size", "32", "--num-classes", "10", "--model-kwarg", "patch_size=8", "--model-kwarg", "embed_dim=48",
+    "--model-kwarg", "depth=3", "--model-kwarg", "num_heads=3",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNEFRONT_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("PRUNEFRONT_DATABASE_URL", raising=False)
+    monkeypatch.delenv("PRUNEFRONT_URL", raising=False)
+    monkeypatch.delenv("PRUNEFRONT_DEBUG", raising=False)
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    line = ["config", "new", "--model", "vit_tiny_patch16_224", *TINY, "--method", "evit", "--at", "1"]
+    assert run([*line, "--op", "fuse", "--keep-ratio", "0.5", "--out", str(path)]) == 0
+    return path
+
+
+def result(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    capfd.readouterr()
+    assert run([*arguments, "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_the_repositorys_spelling_and_ours_are_one_config(tmp_path: Path) -> None:
+    model = ["config", "new", "--model", "deit_small_patch16_224"]
+    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.yaml"
+
+    assert (
+        run([*model, "--method", "evit", "--at", "3,6,9", "--op", "fuse", "--keep-ratio", "0.7", "--out", str(ours)])
+        == 0
+    )
+    spelling = ["--base_keep_rate", "0.7", "--drop_loc", "(3, 6, 9)", "--fuse_token"]
+    assert run([*model[:-1], "deit_small_patch16_shrink_base", *spelling, "--out", str(theirs)]) == 0
+
+    assert load_config(ours).content_hash() == load_config(theirs).content_hash()
+
+
+def test_sites_can_be_spelled_one_by_one(capfd: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "config new --model deit_small_patch16_224 --method ppt --option threshold=0 --site 3:pool_or_prune:remove=50"
+    )
+
+    assert run(line.split()) == 0
+
+    config = load_config(json.loads(capfd.readouterr().out))
+    assert (config.sites[0].block, config.sites[0].remove, config.options["threshold"]) == (3, 50, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--method evit --at 3 --keep-ratio 0.7", "prune or fuse; choose one with --op"),
+        ("--method evit --at 3 --op merge --keep-ratio 0.7", "no operation 'merge'"),
+        ("--method evit --at 12 --op fuse --keep-ratio 0.7", "blocks 0 to 11"),
+        ("--method evit --at 3 --op fuse --keep-ratio 1.5", "keep_ratio"),
+        ("--method evit --at 3 --op fuse", "exactly one of --keep-ratio"),
+        ("--method evit --op fuse", "Name the blocks"),
+        ("--method nope --at 3 --remove 5", "Unknown method 'nope'"),
+        ("--at 3 --remove 5", "Name the method"),
+        ("--drop_loc 3,12", "blocks 0 to 11, but got 12"),
+        ("--method evit --at 3 --r 8", "leave one out"),
+        ("--method evit --site 3:fuse", "BLOCK:OP:AMOUNT=VALUE"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_with_a_sentence(
+    line: str, sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["config", "new", "--model", "deit_small_patch16_224", *line.split()]) == 2
+    assert sentence in capfd.readouterr().err
+
+
+def test_show_counts_tokens_and_macs(tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    document = result(capfd, "config", "show", str(tiny_config))
+
+    # 16 patches and the class token; at block 1 half of the 16 stay, and one fused token joins them.
+    assert [(block["tokens_in"], block["tokens_out"]) for block in document["blocks"]] == [(17, 17), (17, 10), (10, 10)]
+    assert document["macs"] < document["dense_macs"]
+    assert run(["config", "show", str(tiny_config)]) == 0
+    assert "fuse: 8 stay, 8 go" in capfd.readouterr().out
+
+
+def test_published_lists_the_papers_schedules_and_writes_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    listed = result(capfd, "config", "published", "evit", "deit_small_patch16_224")
+    name = next(iter(listed))
+
+    assert run(["config", "published", "evit", "deit_small_patch16_224", name, "--out", str(tmp_path / "p.json")]) == 0
+    assert load_config(tmp_path / "p.json") == load_config(listed[name])
+    assert run(["config", "published", "evit", "deit_small_patch16_224", "nope"]) == 2
+
+
+def test_validate_names_the_file_that_is_wrong(
+    tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"format": "prunefront/config/1", "model": {"name": "vit_tiny_patch16_224"}}')
+
+    assert run(["config", "validate", str(tiny_config)]) == 0
+    assert run(["config", "validate", str(tiny_config), str(broken)]) == 2
+    assert "broken.json: method: Field required" in capfd.readouterr().err
+
+
+def test_what_there_is_can_be_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert {"evit", "hybrid"} <= {method["name"] for method in result(capfd, "methods")}
+    assert "deit_small_patch16_224" in result(capfd, "models", "deit")
+    assert result(capfd, "models", "digit_vit_patch6_48")["patch_tokens"] == 64
+    assert result(capfd, "devices")[0]["id"] == "cpu"
+    assert "digit-scenes" in result(capfd, "data", "inspect")
+    assert result(capfd, "data", "inspect", "digit-scenes")["num_classes"] == 10
+    assert run(["models", "resnet50"]) == 2
+    assert run(["data", "inspect", "imagefolder:nope"]) == 2
+
+
+def test_eval_compares_with_the_dense_model_on_the_same_images(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.json"
+    new = ["config", "new", "--model", "digit_vit_patch6_48", "--method", "evit", "--at", "1", "--op", "fuse"]
+    assert run([*new, "--keep-ratio", "0.8", "--out", str(path)]) == 0
+
+    document = result(
+        capfd, "eval", str(path), "--dataset", "digit-scenes", "--num-images", "64", "--against-dense"
+    )  # fmt: skip
+
+    assert document["num_images"] == 64
+    assert document["top1_ci"][0] <= document["top1"] <= document["top1_ci"][1]
+    assert document["top1_delta"] == pytest.approx(document["top1"] - document["dense_top1"])
+    assert run(["eval", "digit_vit_patch6_48", "--dataset", "digit-scenes", "--against-dense"]) == 2
+    assert "is dense" in capfd.readouterr().err
+
+
+def test_eval_asks_for_the_dataset_before_it_looks_for_weights(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "deit_small_patch16_224", "--dataset", "digit-scene"]) == 2
+    assert "did you mean 'digit-scenes'?" in capfd.readouterr().err
+
+
+def test_measure_writes_what_it_prints(tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "measured.json"
+
+    document = result(capfd, "measure", str(tiny_config), "--batch-size", "2", "--out", str(out))
+
+    assert json.loads(out.read_text()) == document
+    dense, pruned = document["measurements"]
+    assert (dense["label"], pruned["reference"]) == ("vit_tiny_patch16_224 (dense)", "vit_tiny_patch16_224 (dense)")
+    assert pruned["speedup"] == pytest.approx(dense["median_ms"] / pruned["median_ms"])
+
+
+def test_a_device_that_is_not_here_is_refused(tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["measure", str(tiny_config), "--device", "cuda:99"]) == 2
+    assert run(["measure", str(tiny_config), "--device", "toaster"]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 2
+
+
+def test_a_table_is_built_shown_used_and_drawn(
+    tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "tiny.table.json"
+
+    built = result(
+        capfd, "table", "build", "vit_tiny_patch16_224", *TINY, "--batch-size", "2", "--out", str(table)
+    )  # fmt: skip
+
+    assert built["num_entries"] == len(result(capfd, "table", "show", str(table))["entries"])
+    (predicted,) = result(capfd, "table", "predict", str(table), str(tiny_config))
+    assert 0 < predicted["predicted_ms"] < 10 * predicted["dense_predicted_ms"]
+    assert result(capfd, "table", "validate", str(table), "--schedules", "2", "--write")["num_schedules"] == 2
+    assert run(["table", "plot", str(table), "--out", str(tmp_path / "table.png")]) == 0
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert run(["table", "show", str(table)]) == 0
+    assert "mean absolute error" in capfd.readouterr().out
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_doctor_finds_what_is_here(capfd: pytest.CaptureFixture[str]) -> None:
+    checks = {check["name"]: check["state"] for check in result(capfd, "doctor")}
+
+    assert checks["torch"] == checks["cpu"] == checks["data folder"] == checks["database"] == "ok"
+
+
+def test_doctor_names_a_database_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PRUNEFRONT_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/nothing")
+
+    assert run(["doctor"]) == 1
+    shown = capfd.readouterr()
+    assert "127.0.0.1:1/nothing" in shown.out
+    assert shown.err == "Error: 1 problem(s): database.\n"
+
+
+def test_the_database_is_made_and_copied(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy.sqlite3"
+
+    assert run(["db", "backup", str(copy)]) == 2
+    assert run(["db", "upgrade"]) == 0
+    assert run(["db", "backup", str(copy)]) == 0
+
+    with sqlite3.connect(copy) as connection:
+        assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
+    connection.close()
+
+
+def test_serve_refuses_an_address_that_everybody_reaches(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "there is no login" in capfd.readouterr().err

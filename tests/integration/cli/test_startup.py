@@ -1,0 +1,60 @@
+"""What a fresh interpreter imports, and when timm learns our models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def python(*arguments: str) -> str:
+    finished = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_help_is_shown_without_importing_torch() -> None:
+    shown = python(
+        "-c",
+        "import sys; from prunefront.cli.app import run; code = run(['--help']);"
+        "print(code, sorted({'torch', 'timm', 'optuna', 'sqlalchemy', 'fastapi', 'numpy'} & set(sys.modules)))",
+    )
+
+    assert "Find token schedules" in shown
+    assert shown.splitlines()[-1] == "0 []"
+
+
+def test_the_command_is_a_module_too() -> None:
+    assert python("-m", "prunefront", "--version").strip() != ""
+
+
+def test_without_typer_the_command_says_what_to_install() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['typer'] = None; import prunefront.cli as c; c.main()"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert finished.returncode == 2
+    assert finished.stderr.strip() == (
+        "The prunefront command needs the package typer, which the library alone does not install: "
+        "pip install 'prunefront[app]'."
+    )
+
+
+@pytest.mark.parametrize("order", ["import prunefront, timm", "import timm, prunefront"])
+def test_timm_knows_our_models_whichever_is_imported_first(order: str) -> None:
+    assert python("-c", f"{order}; print(timm.is_model('digit_vit_patch6_48'))").strip() == "True"
+
+
+def test_functions_keep_their_names_after_their_modules_are_imported() -> None:
+    shown = python(
+        "-c",
+        "import prunefront; import prunefront.compress, prunefront.macs, prunefront.official;"
+        "print(callable(prunefront.compress), callable(prunefront.macs), prunefront.official.__name__);"
+        "from prunefront import *; print(callable(compress), 'uncompress' in dir(prunefront))",
+    )
+
+    assert shown.splitlines() == ["True True prunefront.official", "True True"]
