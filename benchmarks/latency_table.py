@@ -87,6 +87,7 @@ def record_of(
         "num_schedules": report.num_schedules,
         "share_of_dense": [measured[0], measured[-1]],
         "mape": report.mape,
+        "speedup_mape": report.speedup_mape,
         "bias": report.bias,
         "within_5_percent": report.within_5_percent,
         "within_10_percent": report.within_10_percent,

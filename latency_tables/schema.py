@@ -76,6 +76,7 @@ class ValidationPoint(StrictModel):
     predicted_ms: Milliseconds
     measured_ms: Milliseconds
     iqr_ms: Milliseconds
+    dense_ms: Milliseconds | None = Field(default=None, description="The dense model in the same interleaved run.")
     state: Literal["ok", "noisy"] = "ok"
 
     @property
@@ -90,6 +91,10 @@ class ValidationReport(StrictModel):
     num_schedules: Annotated[int, Field(ge=1)]
     seed: int
     mape: float = Field(description="Mean absolute relative error.")
+    speedup_mape: float | None = Field(
+        default=None,
+        description="The same for the speed-up over the dense model of the same run, which drift does not move.",
+    )
     bias: float = Field(description="Mean signed relative error; positive where predictions are too high.")
     within_5_percent: float
     within_10_percent: float

@@ -104,7 +104,7 @@ def validate_table(
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn((table.batch_size, geometry.in_chans, *geometry.img_size), generator=generator)
     points: list[ValidationPoint] = []
-    dense_ms: list[float] = []
+    dense_ms: list[float] = []  # Per point, of its run.
     for start in range(0, len(configs), SCHEDULES_PER_RUN):
         chosen = configs[start : start + SCHEDULES_PER_RUN]
         models: dict[str, nn.Module] = {DENSE: dense}
@@ -122,13 +122,22 @@ def validate_table(
             progress=_shifted(progress, start, len(chosen), len(configs)),
             should_stop=should_stop,
         )
-        dense_ms.append(measured[DENSE].median_ms)
-        points += [_point(table, config, measured[str(number)]) for number, config in enumerate(chosen)]
+        dense_ms += [measured[DENSE].median_ms] * len(chosen)
+        points += [
+            _point(table, config, measured[str(number)], measured[DENSE].median_ms)
+            for number, config in enumerate(chosen)
+        ]
+    dense_predicted_ms = predict_latency_ms(table, PruneConfig(model=spec, method="hybrid"))
+    speedup_errors = [
+        (point.predicted_ms / dense_predicted_ms) / (point.measured_ms / dense) - 1.0
+        for point, dense in zip(points, dense_ms, strict=True)
+    ]
     return ValidationReport(
         num_schedules=len(points),
         seed=seed,
         dense_ms=statistics.median(dense_ms),
-        dense_predicted_ms=predict_latency_ms(table, PruneConfig(model=spec, method="hybrid")),
+        dense_predicted_ms=dense_predicted_ms,
+        speedup_mape=statistics.fmean(abs(error) for error in speedup_errors),
         num_noisy=sum(point.state == "noisy" for point in points),
         noise=statistics.median(point.iqr_ms / point.measured_ms for point in points),
         device=info,
@@ -159,12 +168,13 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
     return float(np.sum(sign_a * sign_b) / norm) if norm > 0 else None
 
 
-def _point(table: LatencyTable, config: PruneConfig, measured: Measurement) -> ValidationPoint:
+def _point(table: LatencyTable, config: PruneConfig, measured: Measurement, dense_ms: float) -> ValidationPoint:
     return ValidationPoint(
         config=config,
         predicted_ms=predict_latency_ms(table, config),
         measured_ms=measured.median_ms,
         iqr_ms=measured.iqr_ms,
+        dense_ms=dense_ms,
         state=measured.state,
     )
 

@@ -99,6 +99,23 @@ def table() -> LatencyTable:
     return build(settings=SETTINGS)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uninterrupted:
+    """A build with few kinds of reductions, and what it reported on the way."""
+
+    table: LatencyTable
+    num_samples: int
+    reports: list[tuple[float, float, str]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> Uninterrupted:
+    stopwatch = WorkStopwatch()
+    reports: list[tuple[float, float, str]] = []
+    table = build(stopwatch=stopwatch, progress=lambda *report: reports.append(report))
+    return Uninterrupted(table=table, num_samples=stopwatch.num_samples, reports=reports)
+
+
 def test_a_table_has_halves_ends_and_every_reduction(table: LatencyTable) -> None:
     names = set(table.entries_by_name)
     assert {"stem", "head", "attention", "attention.sized", "mlp"} <= names
@@ -135,6 +152,7 @@ def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: Laten
     report = validate_table(table, num_schedules=15, seed=1, settings=ONCE, stopwatch=WorkStopwatch())
     assert report.num_schedules == 15
     assert report.mape < 0.02
+    assert report.speedup_mape < 0.02
     assert report.within_10_percent == 1.0
     assert report.kendall_tau is not None and report.kendall_tau > 0.9
     shares = sorted(point.measured_ms / report.dense_ms for point in report.points)
@@ -162,17 +180,19 @@ def test_an_exported_csv_is_imported_again(table: LatencyTable, tmp_path: Path) 
     assert predict_latency_ms(imported, config) == pytest.approx(predict_latency_ms(plain, config))
 
 
-def test_a_stopped_build_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_a_stopped_build_goes_on_where_it_ended(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     path = tmp_path / "partial.jsonl"
-    whole, first, last = WorkStopwatch(), WorkStopwatch(), WorkStopwatch()
-    uninterrupted = build(stopwatch=whole)
+    first, last = WorkStopwatch(), WorkStopwatch()
     with pytest.raises(MeasurementStoppedError):
-        build(stopwatch=first, partial_path=path, should_stop=lambda: first.num_samples > 0.7 * whole.num_samples)
+        build(
+            stopwatch=first, partial_path=path,
+            should_stop=lambda: first.num_samples > 0.7 * uninterrupted.num_samples,
+        )  # fmt: skip
     resumed = build(stopwatch=last, partial_path=path)
-    assert last.num_samples < 0.7 * whole.num_samples
+    assert last.num_samples < 0.7 * uninterrupted.num_samples
     assert not path.exists()
     assert [(entry.key, entry.median_ms) for entry in resumed.entries] == [
-        (entry.key, pytest.approx(entry.median_ms)) for entry in uninterrupted.entries
+        (entry.key, pytest.approx(entry.median_ms)) for entry in uninterrupted.table.entries
     ]
 
 
@@ -184,13 +204,12 @@ def test_a_partial_file_of_another_build_is_refused(tmp_path: Path) -> None:
         build(partial_path=path, batch_size=4)
 
 
-def test_progress_rises_to_the_end_and_tells_the_time_left() -> None:
-    reports: list[tuple[float, float, str]] = []
-    build(progress=lambda *report: reports.append(report))
-    shares = [done / total for done, total, _ in reports]
+def test_progress_rises_to_the_end_and_tells_the_time_left(uninterrupted: Uninterrupted) -> None:
+    shares = [done / total for done, total, _ in uninterrupted.reports]
     assert shares == sorted(shares)
     assert shares[0] == 0.0 and shares[-1] == 1.0
-    assert any(message.endswith(" left") for _, _, message in reports)
+    assert any(message.endswith(" left") for _, _, message in uninterrupted.reports)
+    assert "measuring block.evit.prune" in " ".join(message for _, _, message in uninterrupted.reports)
 
 
 def test_models_without_a_class_token_get_a_table_of_merging() -> None:
