@@ -9,6 +9,9 @@ import typer
 from prunefront.cli.options import AsJson
 from prunefront.cli.output import note, print_fields, print_json
 
+# timm's modules of plain Vision Transformers, and ours.
+MODULES = ("vision_transformer", "deit", "digit_vit")
+
 
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *; or one whole name.")] = "*",
@@ -25,7 +28,7 @@ def models(
     from prunefront.errors import ModelError, UnknownNameError
     from prunefront.geometry import geometry_for
 
-    names = timm.list_models(module="vision_transformer") + timm.list_models(module="digit_vit")
+    names = sorted(name for module in MODULES for name in timm.list_models(module=module))
     if pattern in names:
         import prunefront
 

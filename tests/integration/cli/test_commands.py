@@ -169,6 +169,7 @@ def test_a_device_that_is_not_here_is_refused(tiny_config: Path, capfd: pytest.C
     assert len(capfd.readouterr().err.strip().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_table_is_built_shown_used_and_drawn(
     tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
