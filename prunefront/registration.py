@@ -1,6 +1,6 @@
 """Registers what timm lacks with timm: at once where timm is imported already, else the moment it is.
 
-`import prunefront` thus makes the models known to `timm.create_model` without importing timm, and torch with it, itself.
+`import prunefront` thus makes the models known to `timm.create_model` without importing timm, and torch with it.
 """
 
 from __future__ import annotations
