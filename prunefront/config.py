@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from prunefront.errors import ConfigError
 from prunefront.files import write_atomic
 
-CONFIG_FORMAT = "prunefront/config/1"
+CONFIG_FORMAT: Literal["prunefront/config/1"] = "prunefront/config/1"
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]

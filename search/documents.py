@@ -15,7 +15,7 @@ Origin = Literal["dense", "published", "resolution", "sibling", "sampler"]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/\-]*$")]
 
-FRONT_FORMAT = "prunefront/front/1"
+FRONT_FORMAT: Literal["prunefront/front/1"] = "prunefront/front/1"
 
 
 class ModelRef(StrictModel):
@@ -156,5 +156,9 @@ class Front(StrictModel):
     split: str = "test"
     dense: FrontPoint | None
     marks: tuple[FrontPoint, ...] = ()
-    points: tuple[FrontPoint, ...] = Field(default=(), description="Non-dominated, fastest first; none slower than dense.")
-    notes: tuple[str, ...] = Field(default=(), description="What a reader must know: dense wins, noisy numbers left out.")
+    points: tuple[FrontPoint, ...] = Field(
+        default=(), description="Non-dominated, fastest first; none slower than dense."
+    )
+    notes: tuple[str, ...] = Field(
+        default=(), description="What a reader must know: dense wins, noisy numbers left out."
+    )
