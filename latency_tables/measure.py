@@ -220,7 +220,7 @@ class CompiledForward:
             # The check below costs microseconds that are not the model's.
             return self._compiled(x)
         self._checked_calls -= 1
-        with torch._dynamo.config.patch(error_on_recompile=True, fail_on_recompile_limit_hit=True):
+        with torch._dynamo.config.patch(error_on_recompile=True):
             return self._compiled(x)
 
 
