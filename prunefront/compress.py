@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -76,13 +76,14 @@ class CompressedVisionTransformer:
 
     prune_config: PruneConfig
     _blocks_plan: tuple[BlockSchedule, ...]
+    _method: Method
 
     def _plan(self, num_patch_tokens: int, schedule: ScheduleLike | None) -> tuple[BlockSchedule, ...]:
         vit = cast(VisionTransformer, self)
         native = self._blocks_plan[0].tokens_in - vit.num_prefix_tokens
         if schedule is None and num_patch_tokens == native:
             return self._blocks_plan
-        method = get_method(self.prune_config.method)
+        method = self._method
         sites: Sequence[Site] = self.prune_config.sites
         if schedule is not None:
             parsed = [site if isinstance(site, Site) else Site.model_validate(site) for site in schedule]
@@ -111,12 +112,13 @@ class CompressedVisionTransformer:
         if tuple(images.shape[-2:]) == size or vit.dynamic_img_size:
             x = vit.patch_embed(images)
             x = vit._pos_embed(x)
-        elif get_method(self.prune_config.method).resizes_position_embedding:
+        elif self._method.resizes_position_embedding:
             x = self._embed_resized(images)
         else:
             raise InputError(
-                f"This model takes images of {size[0]} x {size[1]} px, but got {images.shape[-2]} x {images.shape[-1]}. "
-                "Resize the images, or create the model with img_size (or dynamic_img_size=True in the config's kwargs)."
+                f"This model takes images of {size[0]} x {size[1]} px, but got {images.shape[-2]} x "
+                f"{images.shape[-1]}. "
+                "Resize the images, or set model.img_size (or dynamic_img_size in model.kwargs) in the config."
             )
         return cast(Tensor, vit.norm_pre(vit.patch_drop(x)))
 
@@ -135,7 +137,9 @@ class CompressedVisionTransformer:
         features = vit.patch_embed.proj(images)
         grid = features.shape[-2:]
         x = vit.patch_embed.norm(features.flatten(2).transpose(1, 2))
-        prefix = [token for token in (vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token) if token is not None]
+        prefix = [
+            token for token in (vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token) if token is not None
+        ]
         num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         if vit.pos_embed is None:
             positions = None
@@ -157,8 +161,7 @@ class CompressedVisionTransformer:
         self, images: Tensor, schedule: ScheduleLike | None, recording: bool
     ) -> tuple[Tensor, Tensor | None, Recorder | None]:
         vit = cast(VisionTransformer, self)
-        method = get_method(self.prune_config.method)
-        options = self.prune_config.options
+        method, options = self._method, self.prune_config.options
         x = self._embed(images)
         plan = self._plan(x.shape[1] - vit.num_prefix_tokens, schedule)
         recorder = Recorder(x.shape[0], x.shape[1], x.device) if recording else None
@@ -166,7 +169,7 @@ class CompressedVisionTransformer:
         for block, block_plan in zip(vit.blocks, plan, strict=True):
             if recorder is not None:
                 recorder.block = block_plan.index
-            if vit.grad_checkpointing and not torch.jit.is_scripting():
+            if vit.grad_checkpointing:
                 x, size = checkpoint(
                     block_forward,
                     block,
@@ -259,7 +262,7 @@ class CompressedVisionTransformer:
 
 
 @cache
-def _compressed_class(base: type[VisionTransformer]) -> type[VisionTransformer]:
+def _compressed_class(base: type) -> type:
     return type(f"Compressed{base.__name__}", (CompressedVisionTransformer, base), {"__module__": __name__})
 
 
@@ -268,8 +271,7 @@ def _base_class(compressed: type) -> type[VisionTransformer]:
 
 
 def _new_compressed(base: type[VisionTransformer]) -> VisionTransformer:
-    cls = _compressed_class(base)
-    return cast(VisionTransformer, cls.__new__(cls))
+    return cast(VisionTransformer, object.__new__(_compressed_class(cast(Hashable, base))))
 
 
 def is_compressed(model: nn.Module) -> bool:
@@ -296,8 +298,9 @@ def compress(model: nn.Module, config: ConfigSource) -> nn.Module:
     method = get_method(config.method)
     method.check_geometry(geometry, config.sites)
     vit = cast(Any, base)
-    vit.__class__ = _compressed_class(type(base))
+    vit.__class__ = _compressed_class(cast(Hashable, type(base)))
     vit.prune_config = config
+    vit._method = method
     vit._blocks_plan = plan_blocks(
         method,
         config.options,
@@ -314,7 +317,7 @@ def uncompress(model: nn.Module) -> nn.Module:
     if not is_compressed(model):
         raise ModelError(f"{type(model).__name__} is not compressed, so there is nothing to undo.")
     dense = cast(Any, _share(model))
-    del dense.prune_config, dense._blocks_plan
+    del dense.prune_config, dense._blocks_plan, dense._method
     dense.__class__ = _base_class(type(model))
     return cast(nn.Module, dense)
 
@@ -333,7 +336,7 @@ def _check_fits(config: PruneConfig, geometry: ModelGeometry) -> None:
         if wanted != geometry.img_size:
             raise ModelError(
                 f"The config is for images of {wanted[0]} x {wanted[1]} px, but this model takes "
-                f"{geometry.img_size[0]} x {geometry.img_size[1]}. Create the model with prunefront.create_model(config), "
+                f"{geometry.img_size[0]} x {geometry.img_size[1]}. Use prunefront.create_model(config) "
                 "or change model.img_size in the config."
             )
 
@@ -448,7 +451,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(model, CompressedVisionTransformer):
         raise ConfigError("save_model needs a compressed model; save a dense one with safetensors or torch.save.")
-    metadata = {_METADATA_KEY: json.dumps(model.prune_config.to_dict()), "format": "pt"}
+    # One key: safetensors writes several in no fixed order, and equal weights should be equal files.
+    metadata = {_METADATA_KEY: json.dumps(model.prune_config.to_dict())}
     module = cast(nn.Module, model)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     return write_atomic(path, save(state, metadata=metadata))
@@ -470,7 +474,7 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{name} is not a readable safetensors file: {error}.") from error
     if _METADATA_KEY not in metadata:
         raise CheckpointError(
-            f"{name} carries no prunefront config. Use prunefront.create_model(config, checkpoint=...) for plain weights."
+            f"{name} carries no prunefront config. Use create_model(config, checkpoint=...) for plain weights."
         )
     return create_model(json.loads(metadata[_METADATA_KEY]), checkpoint=path)
 

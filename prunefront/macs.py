@@ -19,6 +19,7 @@ class MacsDetail:
     Attributes:
         stem: Patch embedding.
         head: Pooling and classifiers.
+        size_weighted_pool: Averaging tokens by their size; a plain mean costs no product.
         blocks: Per block, operator → MACs. ``qkv``, ``attention``, ``proj`` and ``mlp`` are the model's own;
             ``class_row`` (scores), ``similarity``, ``merge`` and ``fuse`` are products that reductions add.
         total: Everything; what torchprofile counts as linear, convolution and matrix products on the built model.
@@ -27,11 +28,13 @@ class MacsDetail:
 
     stem: int
     head: int
+    size_weighted_pool: int = 0
     blocks: tuple[dict[str, int], ...] = field(default=())
 
     @property
     def total(self) -> int:
-        return self.stem + self.head + sum(sum(block.values()) for block in self.blocks)
+        products = sum(sum(block.values()) for block in self.blocks)
+        return self.stem + self.head + self.size_weighted_pool + products
 
     @property
     def model(self) -> int:
@@ -68,15 +71,15 @@ def macs_of_schedule(schedule: TokenSchedule, geometry: ModelGeometry) -> MacsDe
     last = schedule.blocks[-1].tokens_out - geometry.num_prefix_tokens
     if geometry.global_pool == "prr":
         last = schedule.blocks[-1].tokens_out
-    pool = (
-        geometry.pool_macs_fixed
-        + last * geometry.pool_macs_per_token
-        + last**2 * geometry.pool_macs_per_token_pair
+    pool = geometry.pool_macs_fixed + last * geometry.pool_macs_per_token + last**2 * geometry.pool_macs_per_token_pair
+    averages = geometry.global_pool in ("avg", "avgmax") and carries_sizes(schedule)
+    return MacsDetail(
+        stem=geometry.stem_macs,
+        head=geometry.head_macs + pool,
+        # One row times all tokens.
+        size_weighted_pool=last * geometry.embed_dim if averages else 0,
+        blocks=tuple(blocks),
     )
-    # Averaging tokens weighted by size is a product of one row with all tokens.
-    if geometry.global_pool in ("avg", "avgmax") and carries_sizes(schedule):
-        pool += last * geometry.embed_dim
-    return MacsDetail(stem=geometry.stem_macs, head=geometry.head_macs + pool, blocks=tuple(blocks))
 
 
 def carries_sizes(schedule: TokenSchedule) -> bool:

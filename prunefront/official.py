@@ -19,6 +19,7 @@ from prunefront.geometry import build_timm_model
 from prunefront.methods.base import Aux, SiteRecord, with_prefix
 from prunefront.published_schedules import EVIT_LOCATIONS, PPT_LOCATIONS, PPT_THRESHOLD, diffrate_sites
 from prunefront.registry import get_method
+from prunefront.schedule import plan_schedule
 
 # Proxies that DiffRate's rate search leaves in its checkpoints; the rates themselves come as lists.
 _DIFFRATE_PROXIES = (".prune_ddp.", ".merge_ddp.")
@@ -94,7 +95,7 @@ def replay(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
         logits, aux = model(images, return_aux=True)
         results: dict[str, Any] = {"logits": logits, "logits_no_reduction": model(images, schedule=[])}
     assert isinstance(model, CompressedVisionTransformer)
-    prefix = int(getattr(model, "num_prefix_tokens"))
+    prefix = plan_schedule(model.prune_config).num_prefix_tokens
     for record in aux.sites:
         results |= _RECORDED[method](record, prefix)
     if method != "evit":
@@ -166,7 +167,11 @@ def _per_block(value: Any, depth: int, name: str) -> list[Any]:
 
 
 def _evit_sites(hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    _known(hparams, "evit", {"keep_rate", "drop_loc", "fuse_token", "runtime_keep_rate", "runtime_tokens", "base_keep_rate"})
+    _known(
+        hparams,
+        "evit",
+        {"keep_rate", "drop_loc", "fuse_token", "runtime_keep_rate", "runtime_tokens", "base_keep_rate"},
+    )
     stored = hparams.get("keep_rate", hparams.get("base_keep_rate", 1.0))
     if not isinstance(stored, list | tuple):
         locations = hparams.get("drop_loc", EVIT_LOCATIONS)

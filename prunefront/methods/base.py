@@ -193,7 +193,9 @@ class Method(ABC):
         """
 
 
-def keep_with_prefix(x: Tensor, size: Tensor | None, index: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor | None]:
+def keep_with_prefix(
+    x: Tensor, size: Tensor | None, index: Tensor, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor | None]:
     """Prefix tokens followed by the non-prefix tokens at ``index`` (B, K), and their sizes."""
     positions = with_prefix(index, num_prefix_tokens)
     return take_tokens(x, positions), None if size is None else size.gather(1, positions)

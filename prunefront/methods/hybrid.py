@@ -62,9 +62,7 @@ class Hybrid(Method):
         for step in steps:
             if step.op == "merge":
                 assert metric is not None
-                x, size = merge_by_metric(
-                    x, size, metric, step, num_prefix_tokens=num_prefix_tokens, recorder=recorder
-                )
+                x, size = merge_by_metric(x, size, metric, step, num_prefix_tokens=num_prefix_tokens, recorder=recorder)
                 continue
             rank = class_scores if options["score"] == "cls" else class_value_scores
             scores = rank(state, num_prefix_tokens)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 class PPTOptions(MethodOptions):
     threshold: Annotated[float, Field(ge=0)] | None = Field(
-        default=7e-5, description="Pool an image when the variance of its scores is below; 0 prunes, null pools, always."
+        default=7e-5,
+        description="Pool an image when the variance of its scores is below; 0 prunes, null pools, always.",
     )
     prop_attn: bool = True
 

@@ -65,9 +65,7 @@ def merge_by_metric(
     match = bipartite_match(metric, step.removed, num_prefix_tokens)
     patch_size = None if size is None else size[:, num_prefix_tokens:]
     merged, merged_size = merge_matched(x[:, num_prefix_tokens:], patch_size, match)
-    prefix_size = (
-        merged_size.new_ones(x.shape[0], num_prefix_tokens) if size is None else size[:, :num_prefix_tokens]
-    )
+    prefix_size = merged_size.new_ones(x.shape[0], num_prefix_tokens) if size is None else size[:, :num_prefix_tokens]
     if recorder is not None:
         recorder.add(step.op, match_assignment(match, num_prefix_tokens, x.shape[1]), **match_values(match))
     return (
@@ -77,7 +75,7 @@ def merge_by_metric(
 
 
 def match_values(match: TokenMatch) -> dict[str, Tensor]:
-    """Source and destination positions (sources ascending) and similarities, counted from the first non-prefix token."""
+    """Source (ascending) and destination positions from the first non-prefix token on, and similarities."""
     order = match.source.argsort(dim=-1)
     return {
         "merge_src": match.source.gather(1, order) * 2 + match.a_offset,
@@ -96,6 +94,8 @@ def match_assignment(match: TokenMatch, num_prefix_tokens: int, tokens: int) -> 
     b_positions = num_prefix_tokens + 1 - match.a_offset + 2 * torch.arange(num_b, device=device)
     target[:, b_positions] = first_b + torch.arange(num_b, device=device)
     a_start = num_prefix_tokens + match.a_offset
-    target.scatter_(1, a_start + 2 * match.kept, num_prefix_tokens + torch.arange(kept, device=device).expand(batch, -1))
+    target.scatter_(
+        1, a_start + 2 * match.kept, num_prefix_tokens + torch.arange(kept, device=device).expand(batch, -1)
+    )
     target.scatter_(1, a_start + 2 * match.source, first_b + match.destination)
     return target

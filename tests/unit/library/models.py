@@ -1,0 +1,69 @@
+"""Small timm models and configs that the library's tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from prunefront.config import ModelSpec, PruneConfig
+
+SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+
+
+def small_spec(
+    name: str = "vit_tiny_patch16_224", img_size: Any = 48, num_classes: int = 7, **kwargs: Any
+) -> ModelSpec:
+    return ModelSpec(name=name, kwargs={**SMALL, **kwargs}, img_size=img_size, num_classes=num_classes)
+
+
+def build(spec: ModelSpec, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model(
+        spec.name, img_size=spec.img_size, num_classes=spec.num_classes, in_chans=spec.in_chans, **spec.kwargs
+    ).eval()
+    # timm starts heads and positions near zero; spread them so that differences show in the logits.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def config(method: str, sites: list[dict[str, Any]], spec: ModelSpec | None = None, **options: Any) -> PruneConfig:
+    return PruneConfig.model_validate(
+        {"model": spec or small_spec(), "method": method, "sites": sites, "options": options}
+    )
+
+
+def schedules() -> dict[str, PruneConfig]:
+    """One config per method and operation on the small model (36 patches, 4 blocks)."""
+    return {
+        "evit-prune": config("evit", [{"block": 1, "op": "prune", "keep_ratio": 0.6}]),
+        "evit-fuse": config("evit", [{"block": b, "op": "fuse", "keep_ratio": 0.7} for b in (0, 2)]),
+        "ppt-mixed": config("ppt", [{"block": 1, "op": "pool_or_prune", "remove": 12}], threshold=0.00022),
+        "ppt-prune": config("ppt", [{"block": b, "op": "pool_or_prune", "remove": 8} for b in (0, 2)], threshold=0.0),
+        "ppt-pool": config("ppt", [{"block": b, "op": "pool_or_prune", "remove": 8} for b in (0, 2)], threshold=None),
+        "tome": config("tome", [{"block": b, "op": "merge", "remove": 6} for b in range(4)]),
+        "tome-noprop": config("tome", [{"block": b, "op": "merge", "remove": 6} for b in range(4)], prop_attn=False),
+        "diffrate": config(
+            "diffrate",
+            [
+                {"block": 1, "op": "prune", "tokens": 30},
+                {"block": 1, "op": "merge_mean", "tokens": 24},
+                {"block": 2, "op": "merge_mean", "tokens": 12},
+                {"block": 3, "op": "prune", "tokens": 4},
+            ],
+        ),
+        "hybrid": config(
+            "hybrid",
+            [
+                {"block": 0, "op": "fuse", "keep_ratio": 0.8},
+                {"block": 0, "op": "merge", "remove": 4},
+                {"block": 2, "op": "prune", "tokens": 12},
+                {"block": 2, "op": "merge", "remove": 3},
+            ],
+            score="cls_value",
+        ),
+    }
