@@ -63,9 +63,9 @@ def running_server(settings: Settings) -> Iterator[str]:
         listener.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests of the session; tests that change something submit a job of their own."""
+    """One server for the tests of a module; tests that change something submit a job of their own."""
     data_dir: Path = tmp_path_factory.mktemp("data")
     settings = Settings(data_dir=data_dir, database_url="", port=0, event_poll_s=0.05)
     with open_store(settings.database_url) as store:

@@ -213,7 +213,8 @@ def test_progress_moves_while_the_job_runs(watched: Watched, server: Server) -> 
 def test_job_is_submitted_and_refusals_land_at_their_field(watched: Watched, server: Server) -> None:
     page = watched.open("/jobs/new")
     expect(page.locator("[name=method]").first).to_be_visible()
-    expect(page.locator("[name=dataset] option")).not_to_have_count(0)
+    expect(page.locator("[name=dataset] option")).to_have_text(["digit-scenes"])
+    expect(page.locator("[name=device] option").first).to_contain_text("cpu")
     page.locator("[name=model]").fill("digit_vit_patch6_49")
     page.get_by_role("button", name="Submit").click()
     expect(page.get_by_role("alert")).to_contain_text("digit_vit_patch6_48")

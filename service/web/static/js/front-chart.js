@@ -92,7 +92,7 @@ function series(view) {
       symbolSize: 12,
       z: 6,
       itemStyle: { color: colour("chart-dense") },
-      label: { ...label("chart-dense", "left"), fontWeight: 600 },
+      label: { ...label("chart-dense", "top"), fontWeight: 600 },
       labelLayout: { hideOverlap: false },
       data: front.dense ? [row(front.dense)] : [],
     },
