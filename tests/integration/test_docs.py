@@ -1,0 +1,51 @@
+"""What the documentation shows exists: files that it links, commands and options that it types."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from prunefront.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Every ``prunefront`` line of a code block, with the page it stands on; continued lines are joined."""
+    for page in PAGES:
+        for block in re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                text = line.strip().removeprefix("$ ")
+                if text.startswith("prunefront ") and "..." not in text:
+                    yield str(page.relative_to(ROOT)), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_leads_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
+
+    assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize(("page", "line"), list(command_lines()))
+def test_a_command_that_is_shown_can_be_typed(page: str, line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    node: Any = get_command(app)
+    while hasattr(node, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in node.commands, f"{page}: {line}"
+        node = node.commands[words.pop(0)]
+    known = {option for parameter in node.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    typed = {word.partition("=")[0] for word in words if word.startswith("-") and not word[1:2].isdigit()}
+
+    if node.context_settings.get("ignore_unknown_options"):
+        from prunefront.cli.spellings import SPELLINGS
+
+        known |= {f"--{name}" for name in SPELLINGS}
+    assert typed <= known | {"--help", "-h"}, f"{page}: {line}"
