@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from prunefront import PruneConfig
-from search.documents import Fidelity, Front
+from search.documents import Fidelity, Front, FrontPoint
 from search.pareto import NoFeasiblePoint, build_front, pick_best
 from service.deps import JobDep, StoreDep
 from service.problems import Problem
 from service.routes.trials import Download, Format, config_response
-from store import CandidateRecord, JobRecord, Store
+from store import JobRecord, Store
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["results"])
 
-FIDELITIES: tuple[Fidelity, ...] = ("finetuned", "evaluated", "screened")
-"""Best first; a front never mixes them."""
-
 FidelityQuery = Annotated[
     Fidelity | None,
-    Query(
-        description="How well accuracies are known; left out, the best reached, `finetuned` only once the job ended."
-    ),
+    Query(description="How well accuracies are known; left out, the best that the job has reached."),
 ]
 DeviceQuery = Annotated[
     str | None, Query(max_length=200, description="Device of the latencies; left out, the job's own.")
@@ -72,7 +67,7 @@ def get_best(
     try:
         point = pick_best(front, max_latency_ms=max_latency_ms, min_top1=min_top1, min_speedup=min_speedup)
     except NoFeasiblePoint as error:
-        raise Problem(409, "no_feasible_point", str(error), extra={"nearest": error.nearest}) from error
+        raise Problem(409, "no_feasible_point", str(error), extra=_nearest(error.nearest)) from error
     return config_response(request, point.config, f"{job.id}-best", format, download)
 
 
@@ -86,16 +81,12 @@ def front_of(job: JobRecord, store: Store, fidelity: Fidelity | None, device: st
         raise Problem(
             409, "no_front", f"Job {job.id} is a {job.kind} job and has no front; its result names its latency table."
         )
-    candidates = store.list_candidates(job.id)
-    return build_front(job, candidates, fidelity or best_fidelity(job, candidates), device or job.spec["device"])
+    return build_front(job, store.list_candidates(job.id), fidelity, device)
 
 
-def best_fidelity(job: JobRecord, candidates: list[CandidateRecord]) -> Fidelity:
-    """The best fidelity that measured candidates have reached.
-
-    While a job runs, its first fine-tuned candidate alone would hide the whole front, so that one waits for the end.
-    """
-    reached = {e.fidelity for candidate in candidates for e in candidate.evaluations if candidate.measurements}
-    if not job.state.is_finished:
-        reached.discard("finetuned")
-    return next((fidelity for fidelity in FIDELITIES if fidelity in reached), "screened")
+def _nearest(point: FrontPoint | None) -> dict[str, Any]:
+    # Under the names of the limits, so that a client can ask again with one of these values.
+    if point is None:
+        return {}
+    values = {"max_latency_ms": point.measured_ms, "min_top1": point.top1, "min_speedup": point.speedup}
+    return {"nearest": {**values, "trial": point.trial, "label": point.label}}

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from prunefront import PruneConfig
+from search.pareto import build_front
 from service.artifacts import contained_path
 from service.deps import Cursor, JobDep, Limit, SettingsDep, StoreDep, TrialDep
 from service.problems import Problem
@@ -82,7 +83,10 @@ def get_trial(trial: TrialDep) -> TrialDetail:
 def get_trial_config(
     request: Request, job: JobDep, trial: TrialDep, format: Format = None, download: Download = False
 ) -> Response:
-    config = PruneConfig.model_validate(trial.config)
+    """With everything that is known about it in `results`."""
+    front = build_front(job, [trial])
+    known = [*front.points, *front.marks, *([front.dense] if front.dense else [])]
+    config = known[0].config if known else PruneConfig.model_validate(trial.config)
     return config_response(request, config, f"{job.id}-trial-{trial.number}", format, download)
 
 
