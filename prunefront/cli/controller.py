@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
 
 from prunefront.cli.serve import DatabaseUrl, DataDir, read_settings, start_logging
 
@@ -15,10 +17,9 @@ def controller(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> No
     Example: prunefront controller --database-url postgresql://prunefront@db/prunefront
     """
     settings = read_settings(data_dir=data_dir, database_url=database_url)
-    # The controller reads the environment, as it does as a child of the service.
+    # The controller is a program of its own, `python -m search`, that reads the environment.
     os.environ["PRUNEFRONT_DATA_DIR"] = str(settings.data_dir)
     os.environ["PRUNEFRONT_DATABASE_URL"] = settings.database_url
-    from search.__main__ import main
-
     start_logging()
-    main()
+    sys.argv = ["search"]
+    runpy.run_module("search", run_name="__main__", alter_sys=True)

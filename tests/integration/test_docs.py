@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from prunefront.cli.app import app
+from prunefront.cli.app import app, run
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -49,3 +49,15 @@ def test_a_command_that_is_shown_can_be_typed(page: str, line: str) -> None:
 
         known |= {f"--{name}" for name in SPELLINGS}
     assert typed <= known | {"--help", "-h"}, f"{page}: {line}"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    new = "config new --model digit_vit_patch6_48 --method evit --at 1,3 --op fuse --keep-ratio 0.5 --out best.json"
+    assert run(new.split()) == 0
+    names: dict[str, Any] = {}
+
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL):
+        exec(compile(block, "README.md", "exec"), names)
+
+    assert names["model"].prune_config == names["config"]
