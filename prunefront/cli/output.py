@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -53,13 +54,15 @@ def print_json(document: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
     """Print rows under headings; numbers are right-aligned, None is a dash."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=escape(title) if title else None, title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     cells = [list(row) for row in rows]
     for index, name in enumerate(columns):
         numeric = any(isinstance(row[index], int | float) for row in cells)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
-        table.add_row(*("–" if cell is None else str(cell) for cell in row))
+        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
     stdout().print(table)
 
 
@@ -69,7 +72,7 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in fields:
-        table.add_row(name, "–" if value is None else str(value))
+        table.add_row(name, "–" if value is None else escape(str(value)))
     stdout().print(table)
 
 
