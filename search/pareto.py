@@ -78,11 +78,7 @@ def build_front(
         device: Which device's measurements; None is the job's.
     """
     place = device or str(job.spec.get("device", "cpu"))
-    if fidelity is None:
-        # Fine-tuned points form a front of their own only where there are some beside the dense model.
-        measured = [c for c in candidates if c.origin != "dense" and measurement_of(c, place) is not None]
-        known = {e.fidelity for c in measured for e in c.evaluations}
-        fidelity = next((level for level in reversed(FIDELITIES) if level in known), "evaluated")
+    fidelity = fidelity or _best_known(candidates, place)
     points, notes = [], []
     noisy = 0
     for candidate in candidates:
@@ -121,6 +117,12 @@ def build_front(
         points=tuple(front),
         notes=tuple(notes),
     )
+
+
+def _best_known(candidates: Sequence[CandidateRecord], device: str) -> Fidelity:
+    measured = [c for c in candidates if c.origin != "dense" and measurement_of(c, device) is not None]
+    known = {e.fidelity for c in measured for e in c.evaluations}
+    return next((level for level in reversed(FIDELITIES) if level in known), "evaluated")
 
 
 def pick_best(
@@ -188,7 +190,7 @@ def measurement_of(candidate: CandidateRecord, device: str) -> MeasurementRecord
 
 
 def evaluation_of(candidate: CandidateRecord, fidelity: str) -> EvaluationRecord | None:
-    """The evaluation on most images of a fidelity; the dense model needs no fine-tuning to stand beside fine-tuned ones."""
+    """The evaluation on most images of a fidelity; dense and marks stand beside fine-tuned points as they are."""
     fidelities = {fidelity}
     if fidelity == "finetuned" and candidate.origin in ("dense", *MARK_ORIGINS):
         fidelities |= {"evaluated"}
@@ -251,7 +253,7 @@ def _point(
         trial=candidate.number,
         top1_delta=None if delta is None else delta["difference"],
         top1_delta_ci=None if delta is None else (delta["low"], delta["high"]),
-        origin=candidate.origin,  # type: ignore[arg-type]
+        origin=candidate.origin,
     )
 
 

@@ -30,8 +30,8 @@ from prunefront.geometry import ModelGeometry, geometry_for
 from prunefront.registry import get_method
 from prunefront.schedule import plan_schedule
 from prunefront.training.data import check_dataset, dataset_info
+from search.checkpoints import find_checkpoint
 from search.documents import MeasureJob, SearchJob, TableJob
-from service.checkpoints import find_checkpoint
 from service.problems import Problem
 from service.settings import Settings
 from store import NotFoundError, Store

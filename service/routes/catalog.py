@@ -11,7 +11,7 @@ from timm.models import is_model_pretrained
 from prunefront.errors import DatasetError
 from prunefront.registry import get_method, list_methods
 from prunefront.training.data import dataset_info, list_datasets
-from service.checkpoints import list_checkpoints
+from search.checkpoints import list_checkpoints
 from service.deps import SettingsDep
 from service.schemas import (
     CheckpointPublic,

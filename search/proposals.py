@@ -1,0 +1,148 @@
+"""Optuna as the proposer: an in-memory study, rebuilt from the store on resume.
+
+Every ask gets a sampler seeded by (job seed, proposal number), so a search that was interrupted proposes what it would
+have proposed otherwise. Values told are (accuracy estimate off the shelf, predicted latency).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState, create_trial
+
+from search.space import Params, ScheduleSpace
+
+STARTUP_TRIALS = 16
+EI_CANDIDATES = 24
+
+
+def _tpe(seed: int) -> BaseSampler:
+    return TPESampler(
+        seed=seed,
+        multivariate=True,
+        constant_liar=True,
+        n_startup_trials=STARTUP_TRIALS,
+        n_ei_candidates=EI_CANDIDATES,
+    )
+
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "auto": _tpe,
+    "tpe": _tpe,
+    "nsga2": lambda seed: NSGAIISampler(seed=seed),
+    "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
+    "qmc": lambda seed: QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
+    "random": lambda seed: RandomSampler(seed=seed),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A point the study knows: its parameters and, once evaluated, its values."""
+
+    params: Params
+    values: tuple[float, float] | None  # top-1, predicted milliseconds; None while it is being evaluated
+
+
+class Proposer:
+    """Asks and tells one study."""
+
+    def __init__(self, space: ScheduleSpace, *, sampler: str, seed: int, history: Iterable[Told] = ()) -> None:
+        self._space = space
+        self._sampler = SAMPLERS[sampler]
+        self._seed = seed
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._sampler(seed))
+        for told in history:
+            self.add(told)
+
+    def add(self, told: Told) -> int:
+        """Tell about a point that was not asked for; returns its trial number."""
+        params = {name: value for name, value in told.params.items() if name in self._space.distributions}
+        state = TrialState.RUNNING if told.values is None else TrialState.COMPLETE
+        trial = create_trial(
+            state=state,
+            params=params,
+            distributions={name: self._space.distributions[name] for name in params},
+            values=None if told.values is None else list(told.values),
+        )
+        self.study.add_trial(trial)
+        return len(self.study.get_trials(deepcopy=False)) - 1
+
+    def ask(self, proposal: int) -> tuple[int, Params]:
+        """Propose a point.
+
+        Args:
+            proposal: Number of the proposal in the job; decides seed and aim on the latency axis.
+
+        Returns:
+            Trial number in the study, and the parameters.
+        """
+        self.study.sampler = self._sampler(derived_seed(self._seed, proposal))
+        low, high = self._space.min_share, self._space.max_share
+        with warnings.catch_warnings():
+            # Multivariate and group options of TPE are marked experimental in Optuna 4.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # Aims are spread evenly over the latency range; the sampler chooses all else.
+            self.study.enqueue_trial({"share": low + (high - low) * radical_inverse(proposal + 1)})
+            trial = self.study.ask(self._space.distributions)
+        return trial.number, dict(trial.params)
+
+    def tell(self, trial: int, values: tuple[float, float]) -> None:
+        self.study.tell(trial, list(values))
+
+    def drop(self, trial: int) -> None:
+        """Forget a proposal that is known already; pruned trials teach the sampler nothing in this study."""
+        self.study.tell(trial, state=TrialState.FAIL)
+
+
+def derived_seed(seed: int, proposal: int) -> int:
+    """32-bit seed of one proposal, unrelated to its neighbours'."""
+    digest = hashlib.sha256(f"{seed}:{proposal}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def radical_inverse(number: int) -> float:
+    """Van der Corput sequence in base 2: 1/2, 1/4, 3/4, 1/8, ... — evenly spread however many are drawn."""
+    result, digit = 0.0, 0.5
+    while number:
+        result += digit * (number & 1)
+        number >>= 1
+        digit /= 2
+    return result
+
+
+def to_study(
+    trials: Iterable[tuple[Mapping[str, Any], tuple[float, float], Mapping[str, Any]]],
+    space: ScheduleSpace,
+    *,
+    name: str,
+    storage: str,
+) -> optuna.Study:
+    """Write evaluated candidates as a standard Optuna study, for any Optuna tool.
+
+    Args:
+        trials: Parameters, values (top-1, predicted ms) and user attributes.
+        space: Gives the distributions.
+        name: Of the study.
+        storage: Any Optuna storage URL.
+    """
+    study = optuna.create_study(study_name=name, storage=storage, directions=["maximize", "minimize"])
+    for params, values, attributes in trials:
+        known = {key: value for key, value in params.items() if key in space.distributions}
+        study.add_trial(
+            create_trial(
+                params=known,
+                distributions={key: space.distributions[key] for key in known},
+                values=list(values),
+                user_attrs=dict(attributes),
+            )
+        )
+    return study

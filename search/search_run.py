@@ -1,0 +1,541 @@
+"""A search job, in order of cost: propose and look latency up, estimate accuracy, measure, fine-tune, test.
+
+Every stage looks at the store for what is missing and does only that, so a job that was interrupted anywhere goes on
+where it was. Nothing about a trial is kept only in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latency_tables.device import describe_device
+from latency_tables.errors import LatencyTableError
+from latency_tables.predict import predict_latency_ms
+from latency_tables.schema import LatencyTable
+from prunefront.config import ModelSpec, PruneConfig
+from prunefront.geometry import ModelGeometry, build_timm_model, geometry_for
+from prunefront.macs import macs
+from prunefront.schedule import plan_schedule
+from prunefront.training.data import SplitName, check_classes, data_config_of, open_split
+from prunefront.training.evaluate import unpack_correct
+from prunefront.training.statistics import paired_interval, top1_interval
+from search.checkpoints import find_checkpoint
+from search.documents import Fidelity, SearchJob
+from search.job_run import JobFailure, JobRun
+from search.pareto import build_front, evaluation_of, measurement_of, pareto_front
+from search.proposals import Proposer, Told
+from search.seeds import seeds_for
+from search.space import ScheduleSpace, Variances
+from search.tables import Place, build_table, find_table, predicted_ms
+from store import CandidateRecord
+
+MAX_EMPTY_PROPOSALS = 200  # proposals in a row that are all known: the space is exhausted
+MEASURED_FIRST = "screened"  # stages of measurements
+MEASURED_AGAIN = "confirmed"
+MEASURED_FINETUNED = "finetuned"
+
+
+class SearchRun:
+    """Carries one search job through its stages."""
+
+    def __init__(self, run: JobRun, job: SearchJob) -> None:
+        self.run = run
+        self.store = run.store
+        self.job = job
+        self.spec: ModelSpec = job.model.spec()
+        self.geometry: ModelGeometry = geometry_for(self.spec)
+        self.place = Place.of_job(run.job.spec)
+        checkpoint = None
+        if job.model.checkpoint is not None:
+            checkpoint = str(find_checkpoint(run.settings.checkpoints_dir, job.model.checkpoint).path)
+        self.weights = {"pretrained": checkpoint is None, "checkpoint": checkpoint}
+        with torch.device("meta"):
+            self.data_config = data_config_of(build_timm_model(self.spec))
+        self._images: dict[tuple[str, int | None], tuple[int, np.ndarray | None]] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Run all stages; returns the job's result."""
+        self._check_data()
+        self.run.progress("preparing", 0, 1, "reading the model and its published schedules")
+        table = self._table()
+        dense = self._dense(table)
+        variances = self._calibrate()
+        space = self._space(table, variances)
+        self._add_seeds(table, variances)
+        self._screen(space)
+        promoted = self._promote(dense)
+        self._measure(promoted, MEASURED_FIRST, "measuring")
+        finetuned = self._finetune()
+        self._measure(finetuned, MEASURED_FINETUNED, "measuring again")
+        self._measure(self._leaders(), MEASURED_AGAIN, "measuring again")
+        self._test(promoted, "evaluated")
+        self._test(finetuned, "finetuned")
+        front = build_front(self.run.job, self._candidates())
+        self.run.progress("done", 1, 1, f"{len(front.points)} points on the front")
+        return {
+            "num_candidates": len(self._candidates()),
+            "num_points": len(front.points),
+            "fidelity": front.fidelity,
+            "notes": list(front.notes),
+        }
+
+    # Preparing -----------------------------------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        splits: tuple[SplitName, ...] = ("search", "test")
+        for split in splits:
+            check_classes(
+                open_split(self.job.dataset, split, data_config=self.data_config),
+                self.geometry.num_classes,
+            )
+
+    def _table(self) -> LatencyTable:
+        found = find_table(self.run, self.geometry, self.place)
+        if found is None:
+            found = build_table(self.run, self.spec, self.geometry, self.place)
+        return found[1]
+
+    def _dense(self, table: LatencyTable) -> CandidateRecord:
+        config = PruneConfig(model=self.spec, method="hybrid")
+        return self._add(config, label="dense", origin="dense", params={}, table=table)
+
+    def _calibrate(self) -> Variances | None:
+        if "ppt" not in self.job.space.methods or not self.geometry.has_class_token:
+            return None
+        value = self.run.run_task(
+            "calibrate",
+            {
+                **self._model_payload(),
+                "dataset": self.job.dataset,
+                "num_images": min(self.run.settings.calibration_images, self._num_images("search", None)),
+                "batch_size": self.run.settings.eval_batch_size,
+            },
+            stage="preparing",
+        )
+        return Variances(by_block={int(block): row for block, row in value["ppt_variance"].items()})
+
+    def _space(self, table: LatencyTable, variances: Variances | None) -> ScheduleSpace:
+        try:
+            return ScheduleSpace(
+                self.spec,
+                self.geometry,
+                self.job.space,
+                latency_ms=lambda schedule: predict_latency_ms(table, schedule),
+                max_latency_ms=self.job.constraints.max_latency_ms,
+                variances=variances,
+            )
+        except LatencyTableError as error:
+            raise JobFailure(f"The latency table does not cover this search space: {error}") from error
+
+    def _add_seeds(self, table: LatencyTable, variances: Variances | None) -> None:
+        for seed in seeds_for(self.spec, self.geometry, self.job.space.methods, variances):
+            self._add(seed.config, label=seed.label, origin=seed.origin, params={}, table=table)
+            self.run.checkpoint()
+
+    def _add(
+        self, config: PruneConfig, *, label: str, origin: str, params: dict[str, Any], table: LatencyTable
+    ) -> CandidateRecord:
+        return self.store.add_candidate(
+            self.run.id,
+            self.run.fence,
+            config=config.to_dict(),
+            config_hash=config.content_hash(),
+            label=label,
+            origin=origin,
+            params=params,
+            predicted_ms=predicted_ms(table, config),
+            macs=macs(config),
+        )
+
+    # Screening -----------------------------------------------------------------------------------------------------
+
+    def _screen(self, space: ScheduleSpace) -> None:
+        """Evaluate the seeds, then ask and evaluate batch by batch until the budget is spent."""
+        candidates = self._candidates()
+        self._evaluate_screened([c for c in candidates if c.origin != "sampler"], 0)
+        candidates = self._candidates()
+        hashes = {c.config_hash for c in candidates}
+        proposed = [c for c in candidates if c.origin == "sampler"]
+        size = self.run.settings.proposals_per_batch
+        # A batch is told when all of it has been evaluated; the last one may have been interrupted before.
+        open_batch = {c.params["batch"] for c in proposed if evaluation_of(c, "screened") is None}
+        pending = [c for c in proposed if c.params["batch"] in open_batch]
+        done = [c for c in candidates if c.origin in ("published", "sampler") and c not in pending]
+        proposer = Proposer(
+            space,
+            sampler=self.job.sampler,
+            seed=self.job.seed,
+            history=[told for c in done if (told := self._told(c, space)) is not None],
+        )
+        trials = {c.number: proposer.add(Told(params=c.params["optuna"], values=None)) for c in pending}
+        last = max((c.params["proposal"] for c in proposed), default=-1)
+        proposal = last + 1 if pending else (last // size + 1) * size
+        batch = list(pending)
+        empty = 0
+        while batch or (proposal < self.job.budget.trials and empty < MAX_EMPTY_PROPOSALS and not self._out_of_time()):
+            number = batch[0].params["batch"] if batch else proposal // size
+            while proposal < min((number + 1) * size, self.job.budget.trials):
+                trial, params = proposer.ask(proposal)
+                config = space.config(params)
+                config_hash = config.content_hash()
+                if config_hash in hashes:
+                    proposer.drop(trial)
+                    empty += 1
+                else:
+                    empty = 0
+                    hashes.add(config_hash)
+                    candidate = self._propose(config, config_hash, proposal, number, params, space)
+                    trials[candidate.number] = trial
+                    batch.append(candidate)
+                proposal += 1
+                self.run.checkpoint()
+            self._evaluate_screened(batch, proposal)
+            evaluated = {c.number: c for c in self._candidates()}
+            for candidate in batch:
+                told = self._told(evaluated[candidate.number], space)
+                if told is not None and told.values is not None:
+                    proposer.tell(trials[candidate.number], told.values)
+            self.store.add_event(self.run.id, "screened", {"proposals": proposal, "candidates": len(evaluated)})
+            batch = []
+
+    def _propose(
+        self,
+        config: PruneConfig,
+        config_hash: str,
+        proposal: int,
+        batch: int,
+        params: dict[str, Any],
+        space: ScheduleSpace,
+    ) -> CandidateRecord:
+        return self.store.add_candidate(
+            self.run.id,
+            self.run.fence,
+            config=config.to_dict(),
+            config_hash=config_hash,
+            label=f"{config.method} #{proposal}",
+            origin="sampler",
+            params={"proposal": proposal, "batch": batch, "optuna": params},
+            predicted_ms=space.latency_ms(plan_schedule(config, self.geometry)),
+            macs=macs(config),
+        )
+
+    def _told(self, candidate: CandidateRecord, space: ScheduleSpace) -> Told | None:
+        """What the study learns from a candidate: accuracy estimate off the shelf, predicted latency."""
+        evaluation = evaluation_of(candidate, "screened")
+        if evaluation is None or candidate.predicted_ms is None:
+            return None
+        params = candidate.params.get("optuna") or space.params_of(PruneConfig.model_validate(candidate.config))
+        return Told(params=params, values=(evaluation.top1, candidate.predicted_ms))
+
+    def _out_of_time(self) -> bool:
+        limit = self.job.budget.max_minutes
+        started = self.run.job.started_at
+        return limit is not None and started is not None and (datetime.now(UTC) - started).total_seconds() > 60 * limit
+
+    def _evaluate_screened(self, candidates: Sequence[CandidateRecord], proposals: int) -> None:
+        missing = [c for c in candidates if evaluation_of(c, "screened") is None]
+        budget = self.job.budget.trials
+        self._evaluate(
+            missing,
+            "screened",
+            "search",
+            self.job.budget.search_images,
+            stage="screening",
+            progress=lambda done, total, message: (proposals, budget, f"{message} ({int(done)}/{int(total)} of batch)"),
+        )
+
+    # Evaluating ----------------------------------------------------------------------------------------------------
+
+    def _test(self, candidates: Sequence[CandidateRecord], fidelity: Fidelity) -> None:
+        """Evaluate on the test split, once each, the dense model first since all others are compared with it."""
+        current = {c.number: c for c in self._candidates()}
+        wanted = [current[c.number] for c in candidates]
+        missing = [c for c in wanted if not any(e.fidelity == fidelity and e.split == "test" for e in c.evaluations)]
+        missing.sort(key=lambda c: c.origin != "dense")
+        self._evaluate(missing, fidelity, "test", None, stage="testing")
+
+    def _evaluate(
+        self,
+        candidates: Sequence[CandidateRecord],
+        fidelity: Fidelity,
+        split: SplitName,
+        num_images: int | None,
+        *,
+        stage: str,
+        progress: Any = None,
+    ) -> None:
+        if not candidates:
+            return
+        by_key = {str(c.number): c for c in candidates}
+        reference = self._dense_correct(split, num_images)
+
+        def store(key: str, value: dict[str, Any]) -> None:
+            nonlocal reference
+            candidate = by_key.pop(key)
+            correct = unpack_correct(value["correct"], value["num_images"])
+            if candidate.origin == "dense":
+                reference = correct
+            self._store_evaluation(candidate, fidelity, split, num_images, value, correct, reference)
+
+        def payload() -> dict[str, Any] | None:
+            if not by_key:
+                return None
+            return {
+                **self._model_payload(),
+                "dataset": self.job.dataset,
+                "split": split,
+                "num_images": num_images,
+                "batch_size": self.run.settings.eval_batch_size,
+                # Accuracy belongs to the numbers that will be computed, so it is evaluated in the job's dtype.
+                "dtype": self.job.dtype,
+                "entries": [self._entry(c, fidelity) for c in by_key.values()],
+            }
+
+        first = payload()
+        assert first is not None
+        self.run.run_task("evaluate", first, stage=stage, on_item=store, remaining=payload, progress=progress)
+
+    def _store_evaluation(
+        self,
+        candidate: CandidateRecord,
+        fidelity: Fidelity,
+        split: SplitName,
+        num_images: int | None,
+        value: dict[str, Any],
+        correct: np.ndarray,
+        reference: np.ndarray | None,
+    ) -> None:
+        clusters = self._clusters(split, num_images)
+        low, high = top1_interval(correct, clusters)
+        config = self.data_config.to_dict()
+        details: dict[str, Any] = {
+            "correct": value["correct"],
+            "data_config": {
+                "crop_pct": config.get("crop_pct"),
+                "interpolation": config.get("interpolation"),
+                "mean": config.get("mean"),
+                "std": config.get("std"),
+                "dtype": self.job.dtype,
+            },
+        }
+        if reference is not None and candidate.origin != "dense":
+            difference, below, above = paired_interval(correct, reference, clusters)
+            details["delta"] = {"difference": difference, "low": below, "high": above}
+        self.store.add_evaluation(
+            self.run.id,
+            self.run.fence,
+            candidate.number,
+            fidelity=fidelity,
+            split=split,
+            dataset=self.job.dataset,
+            num_images=value["num_images"],
+            top1=value["top1"],
+            top5=value["top5"],
+            loss=value["loss"],
+            ci_low=low,
+            ci_high=high,
+            details=details,
+        )
+
+    def _dense_correct(self, split: SplitName, num_images: int | None) -> np.ndarray | None:
+        dense = self._candidates()[0]
+        expected = self._num_images(split, num_images)
+        for evaluation in dense.evaluations:
+            if evaluation.split == split and evaluation.num_images == expected:
+                return unpack_correct(evaluation.details["correct"], evaluation.num_images)
+        return None
+
+    # Measuring -----------------------------------------------------------------------------------------------------
+
+    def _promote(self, dense: CandidateRecord) -> list[CandidateRecord]:
+        """Dense, the marks, and the most promising of all others by (accuracy on search images, predicted latency)."""
+        candidates = self._candidates()
+        marks = [c for c in candidates if c.origin in ("published", "resolution", "sibling")]
+        proposed = [c for c in candidates if c.origin == "sampler"]
+        chosen = choose_promising(proposed, self.job.budget.measure_top, self.job.constraints.max_latency_ms)
+        return [dense, *marks, *chosen]
+
+    def _measure(self, candidates: Sequence[CandidateRecord], stage: str, title: str) -> None:
+        done = {
+            c.number
+            for c in self._candidates()
+            for m in c.measurements
+            if m.stage == stage and m.device == self.place.device
+        }
+        waiting = {str(c.number): c for c in candidates if c.number not in done and c.origin != "dense"}
+        if not waiting:
+            return
+        device_name = describe_device(self.place.device).name
+
+        def store(key: str, value: dict[str, Any]) -> None:
+            self._store_measurement(waiting.pop(key).number, stage, value, device_name)
+
+        def payload() -> dict[str, Any] | None:
+            if not waiting:
+                return None
+            return {
+                **self._model_payload(),
+                "runtime": self.place.runtime,
+                "dtype": self.place.dtype,
+                "batch_size": self.place.batch_size,
+                "dataset": self.job.dataset,
+                "seed": self.job.seed,
+                "entries": [self._entry(c, stage) for c in waiting.values()],
+            }
+
+        first = payload()
+        assert first is not None
+        value = self.run.run_task("measure", first, stage=title, on_item=store, remaining=payload, exclusive=True)
+        if "dense" in value:
+            self._store_measurement(0, stage, {**value["dense"], "speedup": 1.0}, device_name)
+
+    def _store_measurement(self, number: int, stage: str, value: dict[str, Any], device_name: str) -> None:
+        self.store.add_measurement(
+            self.run.id,
+            self.run.fence,
+            number,
+            stage=stage,
+            device=self.place.device,
+            runtime=self.place.runtime,
+            dtype=self.place.dtype,
+            batch_size=self.place.batch_size,
+            median_ms=value["median_ms"],
+            iqr_ms=value["iqr_ms"],
+            speedup=value["speedup"],
+            dense_ms=value["canary_ms"],
+            state=value["state"],
+            details={**value, "device_name": device_name},
+        )
+
+    def _leaders(self) -> list[CandidateRecord]:
+        """Candidates the front stands on so far. Measured twice, since the fastest of many is also the luckiest."""
+        measured = [
+            (c, e.top1, m)
+            for c in self._candidates()
+            if (m := measurement_of(c, self.place.device)) is not None
+            and (e := evaluation_of(c, "screened")) is not None
+        ]
+        points = [_Point(candidate=c, top1=top1, measured_ms=m.median_ms) for c, top1, m in measured]
+        return [point.candidate for point in pareto_front(points)]
+
+    # Fine-tuning ---------------------------------------------------------------------------------------------------
+
+    def _finetune(self) -> list[CandidateRecord]:
+        """Train the top candidates further; returns those that have fine-tuned weights."""
+        top = self.job.budget.finetune_top
+        if not top:
+            return []
+        leaders = [c for c in self._leaders() if c.origin in ("sampler", "published")]
+        chosen = spread(leaders, top)
+        for place, candidate in enumerate(chosen):
+            if self._finetuned_path(candidate.number) is not None:
+                continue
+            value = self.run.run_task(
+                "finetune",
+                {
+                    **self._model_payload(),
+                    "config": candidate.config,
+                    "dataset": self.job.dataset,
+                    "epochs": self.job.budget.finetune_epochs,
+                    "checkpoint_dir": str(self.run.folder / f"trial-{candidate.number}"),
+                    "seed": self.job.seed,
+                },
+                stage="fine-tuning",
+                progress=_counting(place, len(chosen)),
+            )
+            path = Path(value["checkpoint"])
+            self.store.add_artifact(
+                self.run.id,
+                self.run.fence,
+                candidate.number,
+                kind="checkpoint",
+                path=str(path),
+                sha256=value["sha256"],
+                size=path.stat().st_size,
+            )
+        return [c for c in self._candidates() if self._finetuned_path(c.number) is not None]
+
+    def _finetuned_path(self, number: int) -> str | None:
+        found = [a.path for a in self.store.list_artifacts(self.run.id, number) if a.kind == "checkpoint"]
+        return found[-1] if found else None
+
+    # Shared --------------------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> list[CandidateRecord]:
+        return self.store.list_candidates(self.run.id)
+
+    def _model_payload(self) -> dict[str, Any]:
+        return {"model": self.spec.model_dump(mode="json"), "weights": self.weights}
+
+    def _entry(self, candidate: CandidateRecord, purpose: str) -> dict[str, Any]:
+        """A candidate for a task, with its fine-tuned weights where those are meant."""
+        checkpoint = self._finetuned_path(candidate.number) if purpose == "finetuned" else None
+        return {"key": str(candidate.number), "config": candidate.config, "checkpoint": checkpoint}
+
+    def _split(self, split: SplitName, num_images: int | None) -> tuple[int, np.ndarray | None]:
+        key = (split, num_images)
+        if key not in self._images:
+            images = open_split(self.job.dataset, split, data_config=self.data_config, num_images=num_images)
+            self._images[key] = (len(images), images.clusters)
+        return self._images[key]
+
+    def _num_images(self, split: SplitName, num_images: int | None) -> int:
+        return self._split(split, num_images)[0]
+
+    def _clusters(self, split: SplitName, num_images: int | None) -> np.ndarray | None:
+        return self._split(split, num_images)[1]
+
+
+def _counting(place: int, count: int) -> Callable[[float, float, str], tuple[float, float, str]]:
+    """Progress of one task among several."""
+    return lambda done, total, message: (place + done / max(total, 1e-9), count, message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """A candidate among rivals."""
+
+    candidate: CandidateRecord
+    top1: float
+    measured_ms: float
+
+
+def choose_promising(
+    candidates: Sequence[CandidateRecord], count: int, max_latency_ms: float | None
+) -> list[CandidateRecord]:
+    """Non-dominated candidates by estimated accuracy and predicted latency, then the next fronts behind them.
+
+    Args:
+        candidates: Screened ones; others are ignored.
+        count: How many.
+        max_latency_ms: Slower ones are left out.
+    """
+    points = []
+    for candidate in candidates:
+        evaluation = evaluation_of(candidate, "screened")
+        if evaluation is None or candidate.predicted_ms is None:
+            continue
+        if max_latency_ms is None or candidate.predicted_ms <= max_latency_ms:
+            points.append(_Point(candidate=candidate, top1=evaluation.top1, measured_ms=candidate.predicted_ms))
+    chosen: list[CandidateRecord] = []
+    while points and len(chosen) < count:
+        front = pareto_front(points)
+        chosen += spread([point.candidate for point in front], count - len(chosen))
+        points = [point for point in points if point not in front]
+    return chosen
+
+
+def spread(candidates: Sequence[CandidateRecord], count: int) -> list[CandidateRecord]:
+    """``count`` of the candidates, evenly over their order, both ends included."""
+    if len(candidates) <= count:
+        return list(candidates)
+    if count == 1:
+        return [candidates[-1]]
+    return [candidates[round(place * (len(candidates) - 1) / (count - 1))] for place in range(count)]
