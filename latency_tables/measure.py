@@ -43,6 +43,8 @@ MEASURED_RUNTIMES = ("eager", "compile")
 STOPPED = "Measuring was stopped on request; start again to go on."
 
 WHOLE = "forward"  # Name of the only lap of a whole model.
+# Standard error of a median of n normal samples is 1.2533 sigma / sqrt(n), and sigma is IQR / 1.349.
+MEDIAN_ERROR_PER_IQR = 1.2533 / 1.349
 CANARY_WINDOW = 5  # Canary samples whose median says how fast the machine is at a moment.
 MIB = 2**20
 
@@ -79,8 +81,10 @@ class MeasureSettings:
     max_rounds: int = 50
     target_s: float = 2.0  # Sampling time per subject that is enough; bounds the rounds of fast subjects.
     canary_share: float = 0.2  # Of the sampling time goes to the canary.
-    max_relative_iqr: float = 0.10  # torch.utils.benchmark warns from the same value on.
-    max_canary_drift: float = 0.25  # Range of the smoothed canary over its median; more cannot be cancelled.
+    max_relative_iqr: float = 0.25  # torch.utils.benchmark calls more than this grossly variable.
+    max_relative_error: float = 0.03  # Standard error of the median over the median: what a reader relies on.
+    max_shift: float = 0.10  # Between the medians of both halves: drift that the canary did not cancel.
+    max_canary_drift: float = 1.0  # Range of the smoothed canary over its median; more is no longer one machine.
     attempts: int = 3
 
 
@@ -363,6 +367,19 @@ def summarise(
         reasons.append(
             f"the interquartile range is {(q3 - q1) / median:.0%} of the median (at most "
             f"{settings.max_relative_iqr:.0%} is allowed)"
+        )
+    error = MEDIAN_ERROR_PER_IQR * (q3 - q1) / math.sqrt(len(samples))
+    if error > max(settings.max_relative_error * median, negligible_ms):
+        reasons.append(
+            f"the median is uncertain by {error / median:.0%} after {len(samples)} samples (at most "
+            f"{settings.max_relative_error:.0%} is allowed)"
+        )
+    half = len(samples) // 2
+    shift = abs(float(np.median(samples[:half])) - float(np.median(samples[half:]))) if half else 0.0
+    if shift > max(settings.max_shift * median, negligible_ms):
+        reasons.append(
+            f"it moved by {shift / median:.0%} against the dense model between both halves of the run (at most "
+            f"{settings.max_shift:.0%} is allowed)"
         )
     if run.canary_drift > settings.max_canary_drift:
         reasons.append(

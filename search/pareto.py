@@ -81,6 +81,9 @@ def build_front(
     fidelity = fidelity or _best_known(candidates, place)
     points, notes = [], []
     noisy = 0
+    dense_ms = next(
+        (m.median_ms for c in candidates if c.origin == "dense" and (m := measurement_of(c, place)) is not None), None
+    )
     for candidate in candidates:
         evaluation = evaluation_of(candidate, fidelity)
         if evaluation is None:
@@ -89,7 +92,7 @@ def build_front(
         if measurement is None:
             noisy += any(m.device == place and m.state == "noisy" for m in candidate.measurements)
             continue
-        points.append(_point(job, candidate, evaluation, measurement, fidelity))
+        points.append(_point(job, candidate, evaluation, measurement, fidelity, dense_ms))
     dense = next((p for p in points if p.origin == "dense"), None)
     marks = tuple(p for p in points if p.origin in MARK_ORIGINS)
     contenders = [p for p in points if p.origin != "dense"]
@@ -207,15 +210,19 @@ def _point(
     evaluation: EvaluationRecord,
     measurement: MeasurementRecord,
     fidelity: Fidelity,
+    dense_ms: float | None,
 ) -> FrontPoint:
+    # Runs hours apart meet a machine of another speed. Each was interleaved with the dense model, so all are shown as
+    # of the moment at which the dense model itself was measured; the trial list has the milliseconds of each run.
+    factor = dense_ms / measurement.dense_ms if dense_ms and measurement.dense_ms else 1.0
     config = PruneConfig.model_validate(candidate.config)
     latency = LatencyInfo(
         device=str(measurement.details.get("device_name") or measurement.device),
         runtime=measurement.runtime,
         dtype=measurement.dtype,
         batch_size=measurement.batch_size,
-        measured_ms=measurement.median_ms,
-        iqr_ms=measurement.iqr_ms,
+        measured_ms=factor * measurement.median_ms,
+        iqr_ms=factor * measurement.iqr_ms,
         predicted_ms=candidate.predicted_ms,
     )
     info = EvalInfo(
@@ -244,8 +251,8 @@ def _point(
         fidelity=fidelity,
         top1=evaluation.top1,
         top1_ci=interval,
-        measured_ms=measurement.median_ms,
-        iqr_ms=measurement.iqr_ms,
+        measured_ms=factor * measurement.median_ms,
+        iqr_ms=factor * measurement.iqr_ms,
         predicted_ms=candidate.predicted_ms,
         # Against the canary of the same interleaved run, so that drift between runs cancels.
         speedup=measurement.speedup if measurement.speedup is not None else 1.0,

@@ -40,6 +40,8 @@ MAX_EMPTY_PROPOSALS = 200  # proposals in a row that are all known: the space is
 MEASURED_FIRST = "screened"  # stages of measurements
 MEASURED_AGAIN = "confirmed"
 MEASURED_FINETUNED = "finetuned"
+MARKS_PER_METHOD = 2  # of a method's published schedules; the others run as candidates
+RECOVERABLE = (0.003, 0.10)  # loss of top-1 off the shelf that fine-tuning is spent on
 
 
 class SearchRun:
@@ -357,9 +359,9 @@ class SearchRun:
     def _promote(self, dense: CandidateRecord) -> list[CandidateRecord]:
         """Dense, the marks, and the most promising of all others by (accuracy on search images, predicted latency)."""
         candidates = self._candidates()
-        marks = [c for c in candidates if c.origin in ("published", "resolution", "sibling")]
-        proposed = [c for c in candidates if c.origin == "sampler"]
-        chosen = choose_promising(proposed, self.job.budget.measure_top, self.job.constraints.max_latency_ms)
+        marks = choose_marks(candidates)
+        contenders = [c for c in candidates if c.origin in ("published", "sampler") and c not in marks]
+        chosen = choose_promising(contenders, self.job.budget.measure_top, self.job.constraints.max_latency_ms)
         return [dense, *marks, *chosen]
 
     def _measure(self, candidates: Sequence[CandidateRecord], stage: str, title: str) -> None:
@@ -432,8 +434,19 @@ class SearchRun:
         top = self.job.budget.finetune_top
         if not top:
             return []
-        leaders = [c for c in self._leaders() if c.origin in ("sampler", "published")]
-        chosen = spread(leaders, top)
+        dense = evaluation_of(self._candidates()[0], "screened")
+        assert dense is not None
+        chosen = spread(
+            [
+                c
+                for c in self._leaders()
+                if c.origin in ("sampler", "published")
+                and (e := evaluation_of(c, "screened")) is not None
+                # Fewer epochs than this loss needs would not bring it back, and what lost nothing needs none.
+                and RECOVERABLE[0] <= dense.top1 - e.top1 <= RECOVERABLE[1]
+            ],
+            top,
+        )
         for place, candidate in enumerate(chosen):
             if self._finetuned_path(candidate.number) is not None:
                 continue
@@ -530,6 +543,20 @@ def choose_promising(
         chosen += spread([point.candidate for point in front], count - len(chosen))
         points = [point for point in points if point not in front]
     return chosen
+
+
+def choose_marks(candidates: Sequence[CandidateRecord]) -> list[CandidateRecord]:
+    """Marks to measure and test: resolutions, siblings, and of each method its fastest and a middle schedule."""
+    marks = [c for c in candidates if c.origin in ("resolution", "sibling")]
+    by_method: dict[str, list[CandidateRecord]] = {}
+    for candidate in candidates:
+        if candidate.origin == "published":
+            by_method.setdefault(candidate.config["method"], []).append(candidate)
+    for published in by_method.values():
+        # Most reduced first; the middle one stands for what the paper recommends.
+        ordered = sorted(published, key=lambda c: c.macs or 0)
+        marks += spread(ordered[: len(ordered) // 2 + 1], MARKS_PER_METHOD)
+    return marks
 
 
 def spread(candidates: Sequence[CandidateRecord], count: int) -> list[CandidateRecord]:
