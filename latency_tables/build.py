@@ -119,6 +119,21 @@ def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     return BuildSettings(token_shares=(0.0, 0.125, 0.25, 0.5, 0.75, 1.0), max_token_counts=20)
 
 
+def quick_settings() -> BuildSettings:
+    """For a first look: few token counts, reductions that stand in for one another, four whole models."""
+    return BuildSettings(
+        token_shares=(0.0, 0.25, 0.5, 1.0),
+        max_token_counts=6,
+        reduction_tokens=(1.0, 0.5),
+        reduction_removed=(0.4,),
+        few_kinds=True,
+        num_whole_models=4,
+        blocks=MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=30, target_s=0.3),
+        reductions=MeasureSettings(warmup_rounds=1, min_rounds=5, max_rounds=15, target_s=0.1),
+        models=MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=25, target_s=0.5),
+    )
+
+
 def build_table(
     spec: ModelSpec,
     *,

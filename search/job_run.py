@@ -176,22 +176,18 @@ class JobRun:
             for event in engine.poll(POLL_S):
                 if getattr(event, "task_id", None) != spec.id:
                     continue  # the last words of a task that an earlier job left behind
-                if isinstance(event, Item) and on_item is not None:
-                    on_item(event.key, event.value)
-                elif isinstance(event, Progress) and leaving is None:
-                    done, total, message = event.done, event.total, event.message
-                    if progress is not None:
-                        done, total, message = progress(done, total, message)
-                    waiting = None
-                    if event.message == DEVICE_WAIT_MESSAGE:
-                        waiting = (
-                            f"Another task of prunefront is using device {spec.device}; this one goes on after it."
-                        )
-                    self.progress(stage, done, total, message, waiting)
-                elif isinstance(event, Finished):
+                if isinstance(event, Finished):
                     if leaving is not None:
                         raise leaving
                     return event.result
+                try:
+                    if isinstance(event, Item) and on_item is not None and not isinstance(leaving, PrunefrontError):
+                        on_item(event.key, event.value)
+                    elif isinstance(event, Progress) and leaving is None:
+                        self._report(spec, event, stage, progress)
+                except BaseException as error:
+                    leaving = error
+                    engine.cancel(spec.id)
             try:
                 if leaving is None:
                     self.checkpoint()
@@ -199,3 +195,18 @@ class JobRun:
                 # The task has to end before the job is let go, so that nobody runs it twice.
                 leaving = error
                 engine.cancel(spec.id)
+
+    def _report(
+        self,
+        spec: TaskSpec,
+        event: Progress,
+        stage: str,
+        progress: Callable[[float, float, str], tuple[float, float, str]] | None,
+    ) -> None:
+        done, total, message = event.done, event.total, event.message
+        if progress is not None:
+            done, total, message = progress(done, total, message)
+        waiting = None
+        if event.message == DEVICE_WAIT_MESSAGE:
+            waiting = f"Another task of prunefront is using device {spec.device}; this one goes on after it."
+        self.progress(stage, done, total, message, waiting)

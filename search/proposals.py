@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
+from torch.quasirandom import SobolEngine
 
 from search.space import Params, ScheduleSpace
 
 STARTUP_TRIALS = 16
 EI_CANDIDATES = 24
+GENERATION = "NSGAIISampler:generation"  # where NSGA-II looks for the generation of a trial
 
 
 def _tpe(seed: int) -> BaseSampler:
@@ -37,7 +40,9 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": _tpe,
     "nsga2": lambda seed: NSGAIISampler(seed=seed),
     "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
-    "qmc": lambda seed: QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
+    # Points of the sequence are given whole, see `quasi_random`: Optuna's sampler counts them in the study, which a
+    # rebuilt one would begin again.
+    "qmc": lambda seed: RandomSampler(seed=seed),
     "random": lambda seed: RandomSampler(seed=seed),
 }
 
@@ -48,6 +53,7 @@ class Told:
 
     params: Params
     values: tuple[float, float] | None  # top-1, predicted milliseconds; None while it is being evaluated
+    generation: int = 0  # of NSGA-II; schedules from elsewhere belong to the first
 
 
 class Proposer:
@@ -56,6 +62,7 @@ class Proposer:
     def __init__(self, space: ScheduleSpace, *, sampler: str, seed: int, history: Iterable[Told] = ()) -> None:
         self._space = space
         self._sampler = SAMPLERS[sampler]
+        self._quasi_random = sampler == "qmc"
         self._seed = seed
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -72,6 +79,7 @@ class Proposer:
             params=params,
             distributions={name: self._space.distributions[name] for name in params},
             values=None if told.values is None else list(told.values),
+            system_attrs={GENERATION: told.generation},
         )
         self.study.add_trial(trial)
         return len(self.study.get_trials(deepcopy=False)) - 1
@@ -90,10 +98,15 @@ class Proposer:
         with warnings.catch_warnings():
             # Multivariate and group options of TPE are marked experimental in Optuna 4.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            chosen = quasi_random(self._space.distributions, self._seed, proposal) if self._quasi_random else {}
             # Aims are spread evenly over the latency range; the sampler chooses all else.
-            self.study.enqueue_trial({"share": low + (high - low) * radical_inverse(proposal + 1)})
+            self.study.enqueue_trial({**chosen, "share": low + (high - low) * radical_inverse(proposal + 1)})
             trial = self.study.ask(self._space.distributions)
         return trial.number, dict(trial.params)
+
+    def generation(self, trial: int) -> int:
+        """NSGA-II's generation of an asked trial, to be given back in `Told` when the study is rebuilt."""
+        return int(self.study.get_trials(deepcopy=False)[trial].system_attrs.get(GENERATION, 0))
 
     def tell(self, trial: int, values: tuple[float, float]) -> None:
         self.study.tell(trial, list(values))
@@ -107,6 +120,20 @@ def derived_seed(seed: int, proposal: int) -> int:
     """32-bit seed of one proposal, unrelated to its neighbours'."""
     digest = hashlib.sha256(f"{seed}:{proposal}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def quasi_random(distributions: Mapping[str, BaseDistribution], seed: int, proposal: int) -> Params:
+    """Point ``proposal`` of a scrambled Sobol sequence over the space."""
+    engine: Any = SobolEngine(len(distributions), scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    coordinates = engine.fast_forward(proposal).draw(1)[0].tolist()
+    params: Params = {}
+    for (name, distribution), at in zip(distributions.items(), coordinates, strict=True):
+        if isinstance(distribution, CategoricalDistribution):
+            params[name] = distribution.choices[min(int(at * len(distribution.choices)), len(distribution.choices) - 1)]
+        else:
+            assert isinstance(distribution, FloatDistribution)
+            params[name] = distribution.low + at * (distribution.high - distribution.low)
+    return params
 
 
 def radical_inverse(number: int) -> float:

@@ -176,11 +176,14 @@ class SearchRun:
             seed=self.job.seed,
             history=[told for c in done if (told := self._told(c, space)) is not None],
         )
-        trials = {c.number: proposer.add(Told(params=c.params["optuna"], values=None)) for c in pending}
+        trials = {
+            c.number: proposer.add(Told(params=c.params["optuna"], values=None, generation=_generation(c)))
+            for c in pending
+        }
         last = max((c.params["proposal"] for c in proposed), default=-1)
         proposal = last + 1 if pending else (last // size + 1) * size
         batch = list(pending)
-        empty = 0
+        empty = proposal - last - 1
         while batch or (proposal < self.job.budget.trials and empty < MAX_EMPTY_PROPOSALS and not self._out_of_time()):
             number = batch[0].params["batch"] if batch else proposal // size
             while proposal < min((number + 1) * size, self.job.budget.trials):
@@ -193,7 +196,9 @@ class SearchRun:
                 else:
                     empty = 0
                     hashes.add(config_hash)
-                    candidate = self._propose(config, config_hash, proposal, number, params, space)
+                    candidate = self._propose(
+                        config, config_hash, proposal, number, params, space, proposer.generation(trial)
+                    )
                     trials[candidate.number] = trial
                     batch.append(candidate)
                 proposal += 1
@@ -215,6 +220,7 @@ class SearchRun:
         batch: int,
         params: dict[str, Any],
         space: ScheduleSpace,
+        generation: int,
     ) -> CandidateRecord:
         return self.store.add_candidate(
             self.run.id,
@@ -223,7 +229,7 @@ class SearchRun:
             config_hash=config_hash,
             label=f"{config.method} #{proposal}",
             origin="sampler",
-            params={"proposal": proposal, "batch": batch, "optuna": params},
+            params={"proposal": proposal, "batch": batch, "optuna": params, "generation": generation},
             predicted_ms=space.latency_ms(plan_schedule(config, self.geometry)),
             macs=macs(config),
         )
@@ -234,7 +240,8 @@ class SearchRun:
         if evaluation is None or candidate.predicted_ms is None:
             return None
         params = candidate.params.get("optuna") or space.params_of(PruneConfig.model_validate(candidate.config))
-        return Told(params=params, values=(evaluation.top1, candidate.predicted_ms))
+        values = (evaluation.top1, candidate.predicted_ms)
+        return Told(params=params, values=values, generation=_generation(candidate))
 
     def _out_of_time(self) -> bool:
         limit = self.job.budget.max_minutes
@@ -372,16 +379,15 @@ class SearchRun:
             if m.stage == stage and m.device == self.place.device
         }
         waiting = {str(c.number): c for c in candidates if c.number not in done and c.origin != "dense"}
-        if not waiting:
+        # The dense model's own latency comes last, so it may be all that is missing.
+        if not candidates or (not waiting and 0 in done):
             return
         device_name = describe_device(self.place.device).name
 
         def store(key: str, value: dict[str, Any]) -> None:
             self._store_measurement(waiting.pop(key).number, stage, value, device_name)
 
-        def payload() -> dict[str, Any] | None:
-            if not waiting:
-                return None
+        def payload() -> dict[str, Any]:
             return {
                 **self._model_payload(),
                 "runtime": self.place.runtime,
@@ -392,11 +398,8 @@ class SearchRun:
                 "entries": [self._entry(c, stage) for c in waiting.values()],
             }
 
-        first = payload()
-        assert first is not None
-        value = self.run.run_task("measure", first, stage=title, on_item=store, remaining=payload, exclusive=True)
-        if "dense" in value:
-            self._store_measurement(0, stage, {**value["dense"], "speedup": 1.0}, device_name)
+        value = self.run.run_task("measure", payload(), stage=title, on_item=store, remaining=payload, exclusive=True)
+        self._store_measurement(0, stage, {**value["dense"], "speedup": 1.0}, device_name)
 
     def _store_measurement(self, number: int, stage: str, value: dict[str, Any], device_name: str) -> None:
         self.store.add_measurement(
@@ -504,6 +507,10 @@ class SearchRun:
 
     def _clusters(self, split: SplitName, num_images: int | None) -> np.ndarray | None:
         return self._split(split, num_images)[1]
+
+
+def _generation(candidate: CandidateRecord) -> int:
+    return int(candidate.params.get("generation", 0))
 
 
 def _counting(place: int, count: int) -> Callable[[float, float, str], tuple[float, float, str]]:

@@ -52,7 +52,13 @@ def find_table(run: JobRun, geometry: ModelGeometry, place: Place) -> tuple[Tabl
 
 
 def build_table(
-    run: JobRun, spec: ModelSpec, geometry: ModelGeometry, place: Place, *, validate_schedules: int = 0
+    run: JobRun,
+    spec: ModelSpec,
+    geometry: ModelGeometry,
+    place: Place,
+    *,
+    detail: str = "full",
+    validate_schedules: int = 0,
 ) -> tuple[TableRecord, LatencyTable]:
     """Measure a table in a task and store it; an interrupted build goes on where it was."""
     value = run.run_task(
@@ -62,6 +68,7 @@ def build_table(
             "runtime": place.runtime,
             "dtype": place.dtype,
             "batch_size": place.batch_size,
+            "detail": detail,
             "partial_path": str(run.folder / "table.partial.json"),
             "validate_schedules": validate_schedules,
         },

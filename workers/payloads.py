@@ -63,6 +63,7 @@ class TablePayload(_Payload):
     runtime: Runtime = "eager"
     dtype: Dtype = "fp32"
     batch_size: Count
+    detail: Literal["full", "quick"] = "full"
     partial_path: Path | None = Field(default=None, description="Where an interrupted build is found again.")
     validate_schedules: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Held-out whole models measured afterwards; the table carries the report."

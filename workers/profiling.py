@@ -9,7 +9,7 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from latency_tables.build import build_table
+from latency_tables.build import build_table, quick_settings
 from latency_tables.measure import TORCH_DTYPES, Forward, Measurement, measure_models, prepare_model
 from latency_tables.validate import validate_table
 from prunefront.training.data import DataConfig, SplitName, data_config_of
@@ -45,6 +45,7 @@ def run_table(payload: JsonDict, context: TaskContext) -> JsonDict:
         runtime=task.runtime,
         dtype=task.dtype,
         batch_size=task.batch_size,
+        settings=quick_settings() if task.detail == "quick" else None,
         partial_path=task.partial_path,
         progress=_part(context, 0.0, share),
         should_stop=context.should_stop,

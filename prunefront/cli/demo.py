@@ -1,11 +1,34 @@
-"""`prunefront demo`: the main job on real images, on this machine, in minutes."""
+"""`prunefront demo`: the main job on real images, on this machine, in minutes. An ordinary client of the service."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from prunefront.cli.connection import connect
+from prunefront.cli.front import print_front
+from prunefront.cli.jobs import wait_for
+from prunefront.cli.output import note, write_result
+
+MODEL = "digit_vit_patch6_48"
+DATASET = "digit-scenes"
+PLACE = {"device": "cpu", "runtime": "eager", "dtype": "fp32", "batch_size": 8}
+
+FULL: dict[str, Any] = {
+    "methods": ["evit", "ppt", "tome", "diffrate", "hybrid"],
+    "detail": "full",
+    "budget": {"trials": 48, "search_images": 600, "measure_top": 8, "finetune_top": 2, "finetune_epochs": 1},
+}
+QUICK: dict[str, Any] = {
+    "methods": ["evit"],
+    "detail": "quick",
+    "budget": {"trials": 8, "search_images": 200, "measure_top": 3, "finetune_top": 0},
+}
 
 
 def demo(
@@ -19,8 +42,70 @@ def demo(
 ) -> None:
     """Measure this machine, search schedules for a small ViT on real handwritten digits, and show the Pareto front.
 
+    Everything the demo stores lies in the folder of --out, beside its four results.
+
     Example: prunefront demo --quick --no-serve --out results
     """
-    from search.demo import run_demo
+    started = time.monotonic()
+    out = out.absolute()
+    # A demo leaves the user's own jobs alone.
+    os.environ["PRUNEFRONT_DATA_DIR"] = str(out / "data")
+    os.environ.pop("PRUNEFRONT_DATABASE_URL", None)
+    os.environ.setdefault("PRUNEFRONT_LOG_LEVEL", "WARNING")
+    plan = QUICK if quick else FULL
+    model = {"name": MODEL}
+    with connect(None, with_controller=True) as client:
+        note(f"Watch it at {client.url}")
+        table_job = client.submit(
+            {
+                "kind": "table",
+                "name": "demo: latency table of this machine",
+                "model": model,
+                "detail": plan["detail"],
+                "validate_schedules": 0,
+                **PLACE,
+            }
+        )
+        search_job = client.submit(
+            {
+                "kind": "search",
+                "name": "demo: search",
+                "model": model,
+                "dataset": DATASET,
+                "space": {"methods": plan["methods"]},
+                "budget": plan["budget"],
+                **PLACE,
+            }
+        )
+        table_id = wait_for(client, table_job["id"])["result"]["table_id"]
+        _write(out / "table.json", client.table(table_id)["document"])
+        wait_for(client, search_job["id"])
+        front = client.front(search_job["id"])
+        _write(out / "front.json", front)
+        _write(out / "best.json", client.best(search_job["id"]).to_dict())
+        _draw(front, out / "front.png")
+        print_front(front)
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        note(f"Wrote front.json, best.json, table.json and front.png to {out} after {minutes} min {seconds} s")
+        if serve:
+            note(f"The front is at {client.url}/jobs/{search_job['id']} until Ctrl-C")
+            _until_interrupted()
 
-    run_demo(quick=quick, serve=serve, out_dir=out)
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    write_result(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def _draw(front: dict[str, Any], path: Path) -> None:
+    from search.documents import Front
+    from search.plot import plot_front
+
+    plot_front(Front.model_validate(front), path)
+
+
+def _until_interrupted() -> None:
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        note("Stopped")
