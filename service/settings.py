@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
 from prunefront.errors import ConfigError
+from search.settings import StorageSettings
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
-def default_data_dir() -> Path:
-    """``$XDG_DATA_HOME/prunefront``, or ``~/.local/share/prunefront``."""
-    base = os.environ.get("XDG_DATA_HOME") or ""
-    # The XDG rules say that a relative path there is to be ignored.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share"
-    return root / "prunefront"
-
-
-class Settings(BaseSettings):
+class Settings(StorageSettings):
     """Settings of the API process, read from ``PRUNEFRONT_*``; keyword arguments win over the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="PRUNEFRONT_", extra="ignore", frozen=True)
-
-    data_dir: Path = Field(default_factory=default_data_dir, description="Database, checkpoints, results and logs.")
-    database_url: str = Field(default="", description="Empty is SQLite in data_dir.")
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -49,24 +36,6 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip().lower() for part in value.split(",") if part.strip())
         return value
-
-    @model_validator(mode="after")
-    def _complete(self) -> Settings:
-        # Child processes may run elsewhere, so a relative folder is pinned down once.
-        object.__setattr__(self, "data_dir", self.data_dir.expanduser().absolute())
-        if not self.database_url:
-            object.__setattr__(self, "database_url", f"sqlite:///{self.data_dir / 'prunefront.sqlite3'}")
-        return self
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        """Where the files behind checkpoint ids lie."""
-        return self.data_dir / "checkpoints"
-
-    @property
-    def artifacts_dir(self) -> Path:
-        """The only folder that fine-tuned weights are served from."""
-        return self.data_dir / "jobs"
 
     @property
     def accepted_hosts(self) -> frozenset[str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from prunefront.errors import ConfigError
-from service.settings import Settings, default_data_dir, is_loopback
+from search.settings import default_data_dir
+from service.settings import Settings, is_loopback
 
 
 def settings(**given: object) -> Settings:
