@@ -22,7 +22,7 @@ from search.space import Params, ScheduleSpace
 
 STARTUP_TRIALS = 16
 EI_CANDIDATES = 24
-GENERATION = "NSGAIISampler:generation"  # where NSGA-II looks for the generation of a trial
+GENERATIONS = ("NSGAIISampler:generation", "nsga2:generation")  # where Optuna's NSGA-II, new and old, looks for it
 
 
 def _tpe(seed: int) -> BaseSampler:
@@ -79,7 +79,7 @@ class Proposer:
             params=params,
             distributions={name: self._space.distributions[name] for name in params},
             values=None if told.values is None else list(told.values),
-            system_attrs={GENERATION: told.generation},
+            system_attrs=dict.fromkeys(GENERATIONS, told.generation),
         )
         self.study.add_trial(trial)
         return len(self.study.get_trials(deepcopy=False)) - 1
@@ -106,7 +106,8 @@ class Proposer:
 
     def generation(self, trial: int) -> int:
         """NSGA-II's generation of an asked trial, to be given back in `Told` when the study is rebuilt."""
-        return int(self.study.get_trials(deepcopy=False)[trial].system_attrs.get(GENERATION, 0))
+        attributes = self.study.get_trials(deepcopy=False)[trial].system_attrs
+        return next((int(attributes[name]) for name in GENERATIONS if name in attributes), 0)
 
     def tell(self, trial: int, values: tuple[float, float]) -> None:
         self.study.tell(trial, list(values))
