@@ -31,7 +31,7 @@ from search.documents import Fidelity, SearchJob
 from search.job_run import JobFailure, JobRun
 from search.pareto import build_front, evaluation_of, measurement_of, pareto_front
 from search.proposals import Proposer, Told
-from search.seeds import seeds_for
+from search.seeds import seeds_for, transfer
 from search.space import ScheduleSpace, Variances
 from search.tables import Place, build_table, find_table, predicted_ms
 from store import CandidateRecord
@@ -140,6 +140,17 @@ class SearchRun:
         for seed in seeds_for(self.spec, self.geometry, self.job.space.methods, variances):
             self._add(seed.config, label=seed.label, origin=seed.origin, params={}, table=table)
             self.run.checkpoint()
+        for job_id in self.job.warm_start_from:
+            earlier = build_front(self.store.get_job(job_id), self.store.list_candidates(job_id))
+            for point in earlier.points:
+                if point.origin not in ("sampler", "published") or point.config.method not in self.job.space.methods:
+                    continue
+                config = point.config.evolve(results=None, weights=None)
+                if config.model != self.spec:
+                    config = transfer(config, self.spec, self.geometry)
+                label = f"{point.label} of {job_id}"
+                self._add(config, label=label, origin="sampler", params={"warm_start_from": job_id}, table=table)
+            self.run.checkpoint()
 
     def _add(
         self, config: PruneConfig, *, label: str, origin: str, params: dict[str, Any], table: LatencyTable
@@ -161,10 +172,10 @@ class SearchRun:
     def _screen(self, space: ScheduleSpace) -> None:
         """Evaluate the seeds, then ask and evaluate batch by batch until the budget is spent."""
         candidates = self._candidates()
-        self._evaluate_screened([c for c in candidates if c.origin != "sampler"], 0)
+        self._evaluate_screened([c for c in candidates if "proposal" not in c.params], 0)
         candidates = self._candidates()
         hashes = {c.config_hash for c in candidates}
-        proposed = [c for c in candidates if c.origin == "sampler"]
+        proposed = [c for c in candidates if "proposal" in c.params]
         size = self.run.settings.proposals_per_batch
         # A batch is told when all of it has been evaluated; the last one may have been interrupted before.
         open_batch = {c.params["batch"] for c in proposed if evaluation_of(c, "screened") is None}
