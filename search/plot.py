@@ -14,6 +14,9 @@ from search.documents import Front, FrontPoint
 # Okabe-Ito colours: told apart also by people who see few colours.
 FRONT_COLOUR, MARK_COLOUR, DENSE_COLOUR, RESOLUTION_COLOUR = "#0072B2", "#D55E00", "#000000", "#009E73"
 
+# Points that lose more top-1 than this would squeeze all others into a line.
+SHOWN_LOSS = 0.12
+
 
 def plot_front(front: Front, path: str | os.PathLike[str]) -> Path:
     """Draw points with error bars, the step line of the front, and labelled marks; the format follows the suffix."""
@@ -32,7 +35,11 @@ def plot_front(front: Front, path: str | os.PathLike[str]) -> Path:
     _draw(axes, points, FRONT_COLOUR, "o", "front")
     _draw(axes, [m for m in front.marks if m.origin == "published"], MARK_COLOUR, "s", "published schedules")
     _draw(axes, [m for m in front.marks if m.origin == "resolution"], RESOLUTION_COLOUR, "^", "dense, smaller images")
+    lowest = 0.0 if front.dense is None else front.dense.top1 - SHOWN_LOSS
+    hidden = sum(p.top1 < lowest for p in (*front.marks, *points))
     for mark in front.marks:
+        if mark.top1 < lowest:
+            continue
         axes.annotate(
             mark.label.removesuffix(" (transferred)"),
             (mark.measured_ms, 100 * mark.top1),
@@ -49,6 +56,11 @@ def plot_front(front: Front, path: str | os.PathLike[str]) -> Path:
             "top", functions=(lambda x: dense_ms / np.maximum(x, 1e-9), lambda x: dense_ms / np.maximum(x, 1e-9))
         )
         secondary.set_xlabel("speed-up over dense")
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(bottom, 100 * lowest), top)
+        if hidden:
+            note = f"{hidden} point(s) more than {SHOWN_LOSS:.0%} below dense are not shown"
+            axes.text(0.01, 0.02, note, transform=axes.transAxes, fontsize=7, color="#555555")
     axes.set_xlabel(f"measured latency, ms per batch of {front.batch_size} ({front.runtime}, {front.dtype})")
     axes.set_ylabel(f"top-1 on the {front.split} split, %")
     axes.set_title(f"Accuracy against measured latency ({front.fidelity})", fontsize=11)
