@@ -15,18 +15,38 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch.quasirandom import SobolEngine
 
 from search.space import Params, ScheduleSpace
 
 STARTUP_TRIALS = 16
 EI_CANDIDATES = 24
-GENERATIONS = ("NSGAIISampler:generation", "nsga2:generation")  # where Optuna's NSGA-II, new and old, looks for it
+GENERATIONS = ("Nsga2:generation", "nsga2:generation")  # where Optuna's NSGA-II, new and old, looks for it
+
+
+class Nsga2(NSGAIISampler):
+    """NSGA-II whose parents come in the order of their trials.
+
+    Optuna's come in another order the first time that a study asks for those of a generation, so that a rebuilt study
+    would mate others. Its own memory of generations goes by the name of the class.
+    """
+
+    def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().get_parent_population(study, generation), key=lambda trial: trial.number)
+
+
+class Tpe(TPESampler):
+    """TPE that is told the search space instead of working it out of all trials at every ask."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        # Every trial has the whole space, so any one tells it; single values are left to be suggested by themselves.
+        known = next((t.distributions for t in study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE), {})
+        return {name: distribution for name, distribution in sorted(known.items()) if not distribution.single()}
 
 
 def _tpe(seed: int) -> BaseSampler:
-    return TPESampler(
+    return Tpe(
         seed=seed,
         multivariate=True,
         constant_liar=True,
@@ -38,7 +58,7 @@ def _tpe(seed: int) -> BaseSampler:
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "auto": _tpe,
     "tpe": _tpe,
-    "nsga2": lambda seed: NSGAIISampler(seed=seed),
+    "nsga2": lambda seed: Nsga2(seed=seed),
     "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
     # Points of the sequence are given whole, see `quasi_random`: Optuna's sampler counts them in the study, which a
     # rebuilt one would begin again.

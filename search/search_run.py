@@ -215,12 +215,14 @@ class SearchRun:
                 proposal += 1
                 self.run.checkpoint()
             self._evaluate_screened(batch, proposal)
-            evaluated = {c.number: c for c in self._candidates()}
+            # Only the batch is read again: reading all of a thousand candidates each time would cost more than asking.
+            before = batch[0].number - 1 if batch else None
+            evaluated = {c.number: c for c in self.store.list_candidates(self.run.id, before)} if batch else {}
             for candidate in batch:
                 told = self._told(evaluated[candidate.number], space)
                 if told is not None and told.values is not None:
                     proposer.tell(trials[candidate.number], told.values)
-            self.store.add_event(self.run.id, "screened", {"proposals": proposal, "candidates": len(evaluated)})
+            self.store.add_event(self.run.id, "screened", {"proposals": proposal, "candidates": len(hashes)})
             batch = []
 
     def _propose(
@@ -365,7 +367,7 @@ class SearchRun:
         )
 
     def _dense_correct(self, split: SplitName, num_images: int | None) -> np.ndarray | None:
-        dense = self._candidates()[0]
+        dense = self.store.get_candidate(self.run.id, 0)
         expected = self._num_images(split, num_images)
         for evaluation in dense.evaluations:
             if evaluation.split == split and evaluation.num_images == expected:
