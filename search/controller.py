@@ -24,7 +24,7 @@ from prunefront.macs import macs
 from search.checkpoints import find_checkpoint
 from search.documents import JobAdapter, MeasureJob, SearchJob, TableJob
 from search.job_run import ControllerStopping, JobCancelled, JobFailure, JobPaused, JobRun, Resources
-from search.search_run import MEASURED_FIRST, SearchRun
+from search.search_run import MEASURED_FIRST, SearchRun, store_measurement
 from search.settings import ControllerSettings
 from search.tables import Place, build_table, find_table, predicted_ms
 from store import JobRecord, LeaseLostError, Store
@@ -164,7 +164,7 @@ def _run_measure(run: JobRun, job: MeasureJob) -> dict[str, Any]:
             waiting[str(candidate.number)] = candidate
 
     def store(key: str, value: dict[str, Any]) -> None:
-        _store_measurement(run, place, waiting.pop(key).number, value)
+        store_measurement(run, place, waiting.pop(key).number, MEASURED_FIRST, value)
 
     def payload() -> dict[str, Any]:
         return {
@@ -181,24 +181,5 @@ def _run_measure(run: JobRun, job: MeasureJob) -> dict[str, Any]:
     # The dense model's own latency comes last, so it may be all that is missing.
     if waiting or not dense_measured:
         value = run.run_task("measure", payload(), stage="measuring", on_item=store, remaining=payload, exclusive=True)
-        _store_measurement(run, place, 0, {**value["dense"], "speedup": 1.0})
+        store_measurement(run, place, 0, MEASURED_FIRST, {**value["dense"], "speedup": 1.0})
     return {"num_candidates": len(run.store.list_candidates(run.id))}
-
-
-def _store_measurement(run: JobRun, place: Place, number: int, value: dict[str, Any]) -> None:
-    run.store.add_measurement(
-        run.id,
-        run.fence,
-        number,
-        stage=MEASURED_FIRST,
-        device=place.device,
-        runtime=place.runtime,
-        dtype=place.dtype,
-        batch_size=place.batch_size,
-        median_ms=value["median_ms"],
-        iqr_ms=value["iqr_ms"],
-        speedup=value["speedup"],
-        dense_ms=value["canary_ms"],
-        state=value["state"],
-        details=value,
-    )

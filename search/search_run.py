@@ -398,7 +398,7 @@ class SearchRun:
         device_name = describe_device(self.place.device).name
 
         def store(key: str, value: dict[str, Any]) -> None:
-            self._store_measurement(waiting.pop(key).number, stage, value, device_name)
+            store_measurement(self.run, self.place, waiting.pop(key).number, stage, value, device_name=device_name)
 
         def payload() -> dict[str, Any]:
             return {
@@ -412,25 +412,8 @@ class SearchRun:
             }
 
         value = self.run.run_task("measure", payload(), stage=title, on_item=store, remaining=payload, exclusive=True)
-        self._store_measurement(0, stage, {**value["dense"], "speedup": 1.0}, device_name)
-
-    def _store_measurement(self, number: int, stage: str, value: dict[str, Any], device_name: str) -> None:
-        self.store.add_measurement(
-            self.run.id,
-            self.run.fence,
-            number,
-            stage=stage,
-            device=self.place.device,
-            runtime=self.place.runtime,
-            dtype=self.place.dtype,
-            batch_size=self.place.batch_size,
-            median_ms=value["median_ms"],
-            iqr_ms=value["iqr_ms"],
-            speedup=value["speedup"],
-            dense_ms=value["canary_ms"],
-            state=value["state"],
-            details={**value, "device_name": device_name},
-        )
+        dense = {**value["dense"], "speedup": 1.0}
+        store_measurement(self.run, self.place, 0, stage, dense, device_name=device_name)
 
     def _leaders(self) -> list[CandidateRecord]:
         """Candidates the front stands on so far. Measured twice, since the fastest of many is also the luckiest."""
@@ -524,6 +507,28 @@ class SearchRun:
 
 def _generation(candidate: CandidateRecord) -> int:
     return int(candidate.params.get("generation", 0))
+
+
+def store_measurement(
+    run: JobRun, place: Place, number: int, stage: str, value: dict[str, Any], **details: str
+) -> None:
+    """Write down what a measure task reported about one candidate."""
+    run.store.add_measurement(
+        run.id,
+        run.fence,
+        number,
+        stage=stage,
+        device=place.device,
+        runtime=place.runtime,
+        dtype=place.dtype,
+        batch_size=place.batch_size,
+        median_ms=value["median_ms"],
+        iqr_ms=value["iqr_ms"],
+        speedup=value["speedup"],
+        dense_ms=value["canary_ms"],
+        state=value["state"],
+        details={**value, **details},
+    )
 
 
 def _counting(place: int, count: int) -> Callable[[float, float, str], tuple[float, float, str]]:
