@@ -75,6 +75,8 @@ class _Run:
     spec: TaskSpec
     log_path: Path
     num_oom_kills: int  # the machine's count when the task was handed over
+    was_child_idle: bool  # the child was up and had nothing to do when the task was handed over
+    is_taken_up: bool = False  # the child has said that it started
     running_since_s: float | None = None  # since the device was free for it
     stop_state: TaskState | None = None  # CANCELLED or TIMED_OUT once it was asked to stop
     next_signal: signal.Signals | None = None
@@ -245,6 +247,7 @@ class LocalEngine(Engine):
             spec=spec,
             log_path=self._log_dir / f"{_log_name(spec.id)}.log",
             num_oom_kills=count_oom_kills(),
+            was_child_idle=slot.child.first_resident_mib is not None,
         )
         slot.run = run
         self._command(slot.child, {"command": "run", "spec": spec.to_json(), "log_path": str(run.log_path)})
@@ -316,6 +319,7 @@ class LocalEngine(Engine):
         assert run is not None and run.spec.id == event["task_id"], f"{event} from a child that runs {run}"
         match event["event"]:
             case "started":
+                run.is_taken_up = True
                 self._events.append(
                     Started(
                         task_id=run.spec.id,
@@ -372,6 +376,14 @@ class LocalEngine(Engine):
                 "The idle child process of a device ended",
                 extra={"action": "child_lost", "device": slot.device.name, "exit_code": exit_code},
             )
+        elif run.was_child_idle and not run.is_taken_up and run.stop_state is None:
+            # It died while idle, unnoticed when the task was handed over: a killed process with several threads can be
+            # waited for only when the last of them is gone. A fresh process is never idle then, so this happens once.
+            logger.warning(
+                "The idle child process of a device ended; its next task gets a fresh one",
+                extra={"action": "child_lost", "device": slot.device.name, "exit_code": exit_code},
+            )
+            slot.queue.appendleft(run.spec)
         elif run.stop_state is TaskState.TIMED_OUT:
             self._finish(self._timed_out(run))
         elif run.stop_state is not None:

@@ -125,6 +125,19 @@ def test_a_process_killed_while_idle_costs_no_task(engine: LocalEngine) -> None:
     assert run(engine, task("echo", id="2")).state is TaskState.SUCCEEDED
 
 
+def test_a_process_that_dies_before_it_takes_up_a_task_costs_no_task(engine: LocalEngine) -> None:
+    first = run(engine, task("echo", id="1"))
+    assert first.value is not None
+    os.kill(first.value["pid"], signal.SIGSTOP)  # alive, so that the task is handed over, and deaf
+    engine.submit(task("echo", id="2"))
+    assert engine.poll(0.3) == []
+    assert engine.devices()[0].running_task == "2"
+    os.kill(first.value["pid"], signal.SIGKILL)
+    second = results_of(events_until_finished(engine, "2"))["2"]
+    assert second.state is TaskState.SUCCEEDED and second.value is not None
+    assert second.value["pid"] != first.value["pid"]
+
+
 def test_a_process_that_cannot_start_says_why(make_engine: EngineFactory) -> None:
     engine = make_engine(task_modules=["tests.integration.workers.no_such_module"])
     result = run(engine, task("echo"))
