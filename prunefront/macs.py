@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prunefront.config import PruneConfig
+from prunefront.config import ConfigSource, PruneConfig, load_config
 from prunefront.geometry import ModelGeometry, geometry_for
 from prunefront.schedule import BlockSchedule, TokenSchedule, plan_schedule
 
@@ -41,16 +41,24 @@ class MacsDetail:
         return self.stem + self.head + sum(block.get(op, 0) for block in self.blocks for op in MODEL_OPERATORS)
 
 
-def macs(config: PruneConfig) -> int:
+def macs(config: ConfigSource) -> int:
     """MACs per image of linear, convolution and attention products (``macs_matmul`` of the field's papers).
 
     What reductions add (class rows, similarities) is in `macs_detail`.
+
+    Args:
+        config: Config, dict, path or open file.
     """
     return macs_detail(config).model
 
 
-def macs_detail(config: PruneConfig) -> MacsDetail:
-    """MACs per block and operator."""
+def macs_detail(config: ConfigSource) -> MacsDetail:
+    """MACs per block and operator.
+
+    Args:
+        config: Config, dict, path or open file.
+    """
+    config = load_config(config)
     geometry = geometry_for(config.model)
     return macs_of_schedule(plan_schedule(config, geometry), geometry)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prunefront.config import ModelSpec, PruneConfig, Site
+from prunefront.config import ConfigSource, ModelSpec, PruneConfig, Site, load_config
 from prunefront.errors import ConfigError
 from prunefront.registry import get_method
 
@@ -149,9 +149,13 @@ def plan_schedule(config: PruneConfig, geometry: ModelGeometry | None = None) ->
     )
 
 
-def token_counts(config: PruneConfig) -> TokenSchedule:
-    """What really happens to the tokens, block by block: ``.tokens_in``, ``.tokens_out`` and the steps between."""
-    return plan_schedule(config)
+def token_counts(config: ConfigSource) -> TokenSchedule:
+    """What really happens to the tokens, block by block: ``.tokens_in``, ``.tokens_out`` and the steps between.
+
+    Args:
+        config: Config, dict, path or open file.
+    """
+    return plan_schedule(load_config(config))
 
 
 def content_hash(config: PruneConfig) -> str:

@@ -73,6 +73,15 @@ def test_counts_follow_the_documented_rules() -> None:
     assert counts.tokens_in == [197] * 4 + [140] * 3 + [100] * 3 + [71] * 2
 
 
+def test_counts_and_macs_take_whatever_a_config_can_be_read_from() -> None:
+    config = load_config(DOCUMENT)
+    assert prunefront.token_counts(DOCUMENT) == prunefront.token_counts(config)
+    assert prunefront.macs(io.StringIO(config.to_yaml())) == prunefront.macs(config)
+    assert prunefront.macs_detail(DOCUMENT) == prunefront.macs_detail(config)
+    with pytest.raises(ConfigError, match="Cannot read config /nowhere.json"):
+        prunefront.macs("/nowhere.json")
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
