@@ -84,17 +84,18 @@ class BuildSettings:
     """What a build measures. `settings_for` chooses by device and runtime."""
 
     token_shares: tuple[float, ...]  # First token counts, as shares of all tokens.
+    sized_shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)  # The same where tokens have sizes.
     max_token_counts: int  # Adaptive refinement stops there.
     least_gap: int = 8  # Token counts closer than this are not refined between.
-    tolerance: float = 0.02  # Interpolation error of a block that is good enough, relative.
-    reduction_tokens: tuple[float, ...] = (1.0, 0.5, 0.125)  # Tokens entering a timed reduction, as shares.
+    tolerance: float = 0.03  # Interpolation error of a block that is good enough, relative.
+    chain_blocks: int = 4  # Blocks per sample; samples take turns through all blocks of the model.
+    reduction_tokens: tuple[float, ...] = (1.0, 0.4, 0.1)  # Tokens entering a timed reduction, as shares.
     reduction_removed: tuple[float, ...] = (0.1, 0.45)  # Patch tokens it removes, as shares of those present.
-    reduction_blocks: int = 3  # Blocks per sample of a reduction.
-    few_kinds: bool = False  # Leave out reductions that another one stands in for.
-    num_whole_models: int = 10  # For the correction.
-    blocks: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=40, target_s=0.6)
-    reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=5, max_rounds=20, target_s=0.15)
-    models: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=40, target_s=1.0)
+    reduction_blocks: int = 2  # Blocks per sample of a reduction.
+    num_whole_models: int = 8  # For the correction.
+    blocks: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=40, target_s=0.5)
+    reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=20, target_s=0.15)
+    models: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=40, target_s=1.0)
 
 
 def settings_for(device: torch.device, runtime: str) -> BuildSettings:
@@ -106,27 +107,28 @@ def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     if runtime == "compile":
         return BuildSettings(
             token_shares=(0.0, 0.25, 0.5, 1.0),
+            sized_shares=(0.5, 1.0),
             max_token_counts=4,
+            chain_blocks=1,
             reduction_tokens=(1.0,),
             reduction_removed=(0.3,),
-            few_kinds=True,
+            reduction_blocks=1,
             num_whole_models=3,
         )
     if device.type == "cuda":
-        return BuildSettings(
-            token_shares=(0.0, *(step / 16 for step in range(1, 17))), max_token_counts=64, least_gap=2
-        )
-    return BuildSettings(token_shares=(0.0, 0.125, 0.25, 0.5, 0.75, 1.0), max_token_counts=20)
+        steps = tuple(step / 16 for step in range(17))
+        return BuildSettings(token_shares=steps, sized_shares=steps, max_token_counts=64, least_gap=2, tolerance=0.02)
+    return BuildSettings(token_shares=(0.0, 0.125, 0.25, 0.5, 0.75, 1.0), max_token_counts=12)
 
 
 def quick_settings() -> BuildSettings:
-    """For a first look: few token counts, reductions that stand in for one another, four whole models."""
+    """For a first look: few token counts and reductions, four whole models."""
     return BuildSettings(
         token_shares=(0.0, 0.25, 0.5, 1.0),
+        sized_shares=(0.0, 1.0),
         max_token_counts=6,
-        reduction_tokens=(1.0, 0.5),
+        reduction_tokens=(1.0, 0.4),
         reduction_removed=(0.4,),
-        few_kinds=True,
         num_whole_models=4,
         blocks=MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=30, target_s=0.3),
         reductions=MeasureSettings(warmup_rounds=1, min_rounds=5, max_rounds=15, target_s=0.1),
@@ -203,7 +205,7 @@ class _Build:
     """One build: the model, what is finished, and the stages in order."""
 
     # Shares of the whole duration, as measured for DeiT-S on a CPU; they only shape the progress bar.
-    _STAGES = {"blocks": 0.35, "reductions": 0.35, "whole models": 0.30}
+    _STAGES = {"blocks": 0.25, "reductions": 0.30, "whole models": 0.45}
 
     def __init__(
         self,
@@ -224,6 +226,7 @@ class _Build:
         self._progress, self._should_stop = progress, should_stop
         self._started = time.monotonic()
         self._skipped_share = 0.0
+        self._reported_share = 0.0
         dense = create_dense(spec)
         self.model = cast(VisionTransformer, cast_modules([dense], TORCH_DTYPES[dtype], device)[0].eval())
         self.geometry: ModelGeometry = geometry_of(self.model)
@@ -261,9 +264,11 @@ class _Build:
         settings = self.settings
         least = self.geometry.num_prefix_tokens + 1
         most = self.geometry.num_tokens
-        counts = sorted({max(least, round(share * most)) for share in settings.token_shares})
+        counts, sized_counts = (
+            sorted({max(least, round(share * most)) for share in shares})
+            for shares in (settings.token_shares, settings.sized_shares)
+        )
         ends = [self._stem(), self._head(most), self._head(max(least, most // 4))]
-        sized_counts = counts[-2:] if self.runtime == "compile" else counts
         sized = [self._chain(count, sized=True) for count in sized_counts]
         self._group("blocks", [*(self._chain(count) for count in counts), *ends, *sized], settings.blocks, 0.0, 0.6)
         # Refine between two counts until the middle lies on the line between them.
@@ -286,7 +291,7 @@ class _Build:
 
     def _measure_reductions(self) -> None:
         settings = self.settings
-        kinds = measured_kinds(self.geometry, few=settings.few_kinds)
+        kinds = measured_kinds(self.geometry)
         prefix = self.geometry.num_prefix_tokens
         for number, row in enumerate(settings.reduction_tokens):
             tokens = max(prefix + 2, round(row * self.geometry.num_tokens))
@@ -370,23 +375,25 @@ class _Build:
         return prepare_model(module, self.runtime, self.dtype, str(self.device))
 
     def _chain(self, tokens: int, *, sized: bool = False) -> _Planned:
-        """All blocks one after the other on ``tokens`` tokens, a lap per half; compiled: one block's halves."""
+        """Some blocks one after the other on ``tokens`` tokens, a lap per half; other blocks in every sample."""
         x = self.tokens[:, :tokens].contiguous()
-        name = SIZED_ATTENTION if sized else ATTENTION
-        compiled = self.runtime == "compile"
-        halves: list[tuple[str, Forward]] = []
-        for block in self.blocks[:1] if compiled else self.blocks:
-            halves.append((name, self._part(AttentionHalf(block, sized=sized))))
-            if not (compiled and sized):  # That MLP is compiled and timed already.
-                halves.append((MLP, self._part(MlpHalf(block))))
+        attention = SIZED_ATTENTION if sized else ATTENTION
+        pairs = [
+            (self._part(AttentionHalf(block, sized=sized)), self._part(MlpHalf(block))) for block in self._timed_blocks
+        ]
+        turns = itertools.cycle(pairs)
+        count = min(len(pairs), self.settings.chain_blocks)
 
         def subject(lap: Lap) -> None:
             h = x
-            for half, forward in halves:
-                h = forward(h)
-                lap(half)
+            for attention_half, mlp_half in itertools.islice(turns, count):
+                h = attention_half(h)
+                lap(attention)
+                if not sized:
+                    h = mlp_half(h)
+                    lap(MLP)
 
-        entries = {name: (name, tokens, tokens)}
+        entries = {attention: (attention, tokens, tokens)}
         if not sized:
             entries[MLP] = (MLP, tokens, tokens)
         return _Planned(subject=subject, entries=entries, module=self.blocks[0])
@@ -418,8 +425,10 @@ class _Build:
         if steps is None:
             return None
         x = self.tokens[:, :tokens].contiguous()
-        blocks = self.blocks[:1] if self.runtime == "compile" else self.blocks
-        parts = [self._part(ReducingBlock(block, kind, steps, self.geometry.num_prefix_tokens)) for block in blocks]
+        parts = [
+            self._part(ReducingBlock(block, kind, steps, self.geometry.num_prefix_tokens))
+            for block in self._timed_blocks
+        ]
         turns = itertools.cycle(parts)
         count = min(len(parts), self.settings.reduction_blocks)
 
@@ -433,6 +442,11 @@ class _Build:
             entries={kind.entry: (kind.entry, tokens, steps[-1].tokens_out)},
             module=self.blocks[0],
         )
+
+    @property
+    def _timed_blocks(self) -> Sequence[Block]:
+        """Blocks whose parts take turns; one where each would have to be compiled."""
+        return self.blocks[:1] if self.runtime == "compile" else self.blocks
 
     def _part(self, module: nn.Module) -> Forward:
         module.eval()
@@ -487,11 +501,11 @@ class _Build:
         def report(done: float, total: float, message: str) -> None:
             self._report(stage, start + (end - start) * done / total, f"measuring {message}")
 
-        # A spread of 1 % of what a block costs on average does not matter, however little the entry itself takes.
+        # A spread of 2 % of what a block costs on average does not matter, however little the entry itself takes.
         canary_ms = sum(ms for _, ms in self.stopwatch.sample(self.canary))
         measured = measure_subjects(
             subjects, canary=self.canary, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
-            peak_memory=memory, negligible_ms=0.01 * canary_ms / self.geometry.depth,
+            peak_memory=memory, negligible_ms=0.02 * canary_ms / self.geometry.depth,
             progress=report, should_stop=self._should_stop,
         )  # fmt: skip
         # Attempts differ in how fast the machine was.
@@ -533,7 +547,8 @@ class _Build:
     def _report(self, stage: str, within: float, message: str) -> None:
         if self._progress is None:
             return
-        share = self._share(stage, within)
+        # Never backwards, not even by a rounding error.
+        share = self._reported_share = max(self._share(stage, within), self._reported_share)
         own_share = share - self._skipped_share
         if own_share > 0.05 and share < 1.0:
             left_s = (time.monotonic() - self._started) * (1.0 - share) / own_share

@@ -143,7 +143,7 @@ def _kinds() -> dict[str, ReductionKind]:
         ("evit.prune", "evit", ("prune",), {}, None),
         ("evit.fuse", "evit", ("fuse",), {}, None),
         ("tome.merge", "tome", ("merge",), {}, None),
-        ("ppt.prune", "ppt", ("pool_or_prune",), {"threshold": 0}, "evit.prune"),
+        ("ppt.prune", "ppt", ("pool_or_prune",), {"threshold": 0}, None),
         ("ppt.pool", "ppt", ("pool_or_prune",), {"threshold": None}, "tome.merge"),
         ("ppt.pool_or_prune", "ppt", ("pool_or_prune",), {"threshold": 1e-9}, None),
         ("diffrate.prune", "diffrate", ("prune",), {}, "evit.prune"),
@@ -154,7 +154,7 @@ def _kinds() -> dict[str, ReductionKind]:
         ("hybrid.merge", "hybrid", ("merge",), {}, "tome.merge"),
         ("hybrid.prune+merge", "hybrid", ("prune", "merge"), {}, None),
         ("hybrid.fuse+merge", "hybrid", ("fuse", "merge"), {}, None),
-        ("hybrid.prune:cls_value", "hybrid", ("prune",), {"score": "cls_value"}, "hybrid.prune"),
+        ("hybrid.prune:cls_value", "hybrid", ("prune",), {"score": "cls_value"}, "ppt.prune"),
         ("hybrid.fuse:cls_value", "hybrid", ("fuse",), {"score": "cls_value"}, "hybrid.fuse"),
         ("hybrid.prune+merge:cls_value", "hybrid", ("prune", "merge"), {"score": "cls_value"}, "hybrid.prune+merge"),
         ("hybrid.fuse+merge:cls_value", "hybrid", ("fuse", "merge"), {"score": "cls_value"}, "hybrid.fuse+merge"),
@@ -169,17 +169,13 @@ def _kinds() -> dict[str, ReductionKind]:
 
 REDUCTION_KINDS = _kinds()
 
-# Measured in every table; the others are close enough to the kind they are `like`.
-_RARE = ("hybrid.prune+merge:cls_value", "hybrid.fuse+merge:cls_value")
 
-
-def measured_kinds(geometry: ModelGeometry, *, few: bool = False) -> list[ReductionKind]:
-    """Kinds that a model of this geometry can run; ``few`` leaves out those that another one stands in for."""
+def measured_kinds(geometry: ModelGeometry) -> list[ReductionKind]:
+    """Kinds that a model of this geometry can run and that no other one stands in for."""
     return [
         kind
         for kind in REDUCTION_KINDS.values()
-        if kind.name not in _RARE
-        and not (few and kind.like is not None)
+        if kind.like is None
         and (geometry.has_class_token or not set(kind.ops) & set(get_method(kind.method).ranking_ops))
     ]
 

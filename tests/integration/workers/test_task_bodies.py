@@ -228,7 +228,6 @@ def test_building_a_table_returns_one_that_predicts_and_carries_its_report(
         token_shares=(0.0, 0.5, 1.0),
         max_token_counts=3,
         reduction_tokens=(1.0,),
-        few_kinds=True,
         num_whole_models=3,
         blocks=quick,
         reductions=quick,

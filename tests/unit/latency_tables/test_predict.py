@@ -215,7 +215,7 @@ def test_a_kind_has_no_steps_where_nothing_is_left_to_remove() -> None:
 
 def test_without_a_class_token_only_merging_is_measured() -> None:
     names = {kind.name for kind in measured_kinds(geometry_for(NO_CLASS_TOKEN))}
-    assert names == {"tome.merge", "hybrid.merge"}
+    assert names == {"tome.merge"}
 
 
 # --- does the table fit? ---------------------------------------------------------------------------------------------
