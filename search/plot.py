@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from prunefront.files import write_atomic
 from search.documents import Front, FrontPoint
 
 # Okabe-Ito colours: told apart also by people who see few colours.
@@ -16,10 +18,22 @@ FRONT_COLOUR, MARK_COLOUR, DENSE_COLOUR, RESOLUTION_COLOUR = "#0072B2", "#D55E00
 
 # Points that lose more top-1 than this would squeeze all others into a line.
 SHOWN_LOSS = 0.12
+DOTS_PER_INCH = 140
 
 
 def plot_front(front: Front, path: str | os.PathLike[str]) -> Path:
-    """Draw points with error bars, the step line of the front, and labelled marks; the format follows the suffix."""
+    """Write the picture of `draw_front`; its format follows the suffix.
+
+    Raises:
+        FileWriteError: If the file cannot be written.
+    """
+    picture = io.BytesIO()
+    draw_front(front).savefig(picture, format=Path(path).suffix.removeprefix(".") or "png", dpi=DOTS_PER_INCH)
+    return write_atomic(path, picture.getvalue())
+
+
+def draw_front(front: Front) -> Figure:
+    """Draw points with error bars, the step line of the front, and labelled marks."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     points = sorted(front.points, key=lambda p: p.measured_ms)
@@ -36,7 +50,8 @@ def plot_front(front: Front, path: str | os.PathLike[str]) -> Path:
     _draw(axes, [m for m in front.marks if m.origin == "published"], MARK_COLOUR, "s", "published schedules")
     _draw(axes, [m for m in front.marks if m.origin == "resolution"], RESOLUTION_COLOUR, "^", "dense, smaller images")
     lowest = 0.0 if front.dense is None else front.dense.top1 - SHOWN_LOSS
-    hidden = sum(p.top1 < lowest for p in (*front.marks, *points))
+    # A mark may stand on the front as well.
+    hidden = len({p.trial for p in (*front.marks, *points) if p.top1 < lowest})
     for mark in front.marks:
         if mark.top1 < lowest:
             continue
@@ -65,9 +80,11 @@ def plot_front(front: Front, path: str | os.PathLike[str]) -> Path:
     axes.set_ylabel(f"top-1 on the {front.split} split, %")
     axes.set_title(f"Accuracy against measured latency ({front.fidelity})", fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=140)
-    return Path(path)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "nothing is measured yet", transform=axes.transAxes, ha="center", color="#555555")
+    return figure
 
 
 def _draw(axes: Axes, points: list[FrontPoint], colour: str, marker: str, label: str) -> None:
