@@ -1,8 +1,8 @@
 """Search space <-> Optuna distributions <-> PruneConfig.
 
 One fixed space per study: per block an operation and a drop weight, and the share of the dense latency to aim at. The
-weights say how the reduction is spread over the blocks; how much is dropped in all follows from the share, through the
-latency table, which costs nothing. So every proposal lands where it was aimed on the latency axis, and the sampler
+weights say how the reduction is spread over the blocks, and a low one that a block is left alone; how much is dropped in
+all follows from the share, through the latency table, which costs nothing. So every proposal lands where it was aimed on the latency axis, and the sampler
 learns where tokens may leave.
 """
 
@@ -21,8 +21,10 @@ from prunefront.registry import get_method
 from prunefront.schedule import TokenSchedule, plan_blocks, plan_schedule
 from search.documents import SearchSpace
 
-NONE = "none"
-OPERATIONS = (NONE, "drop", "fuse", "merge")
+OPERATIONS = ("drop", "fuse", "merge")
+# Blocks whose drop weight is not above this are left alone: about two in five reduce when weights are drawn at random.
+# Every reduction costs time of its own, so a few sites that drop much beat many that drop little.
+LEFT_ALONE = 0.6
 # A general operation -> the method's own; missing ones become the nearest that it has.
 METHOD_OPERATIONS: dict[str, dict[str, str]] = {
     "evit": {"drop": "prune", "fuse": "fuse", "merge": "fuse"},
@@ -140,8 +142,9 @@ class ScheduleSpace:
         for block in self.blocks:
             plan = schedule.blocks[block]
             removed = 1 - (plan.tokens_out - prefix) / max(plan.tokens_in - prefix, 1)
-            params[f"op_{block}"] = general[plan.steps[0].op] if plan.steps else NONE
-            params[f"drop_{block}"] = min(removed / most, 1.0) if most > 0 else 0.0
+            params[f"op_{block}"] = general[plan.steps[0].op] if plan.steps else OPERATIONS[0]
+            reduces = bool(plan.steps) and removed > 0 and most > 0
+            params[f"drop_{block}"] = _weight_of(min(removed / most, 1.0)) if reduces else LEFT_ALONE / 2
         return params
 
     def _quantile(self, config: PruneConfig) -> float:
@@ -159,7 +162,7 @@ class ScheduleSpace:
         if method == "hybrid":
             options["score"] = params["hybrid_score"]
         if method == "ppt" and self._variances is not None:
-            used = [block for block in self.blocks if params[f"op_{block}"] != NONE]
+            used = [block for block in self.blocks if params[f"drop_{block}"] > LEFT_ALONE]
             options["threshold"] = self._variances.threshold(params["ppt_quantile"], used)
         return get_method(method).parse_options(options)
 
@@ -167,10 +170,9 @@ class ScheduleSpace:
         operations = METHOD_OPERATIONS[params["method"]]
         sites = []
         for block in self.blocks:
-            op = params[f"op_{block}"]
-            drop = scale * params[f"drop_{block}"] * (1 - self.min_keep_ratio)
-            if op != NONE and drop > 0:
-                sites.append(Site(block=block, op=operations[op], keep_ratio=1 - drop))
+            drop = scale * _strength(params[f"drop_{block}"]) * (1 - self.min_keep_ratio)
+            if drop > 0:
+                sites.append(Site(block=block, op=operations[params[f"op_{block}"]], keep_ratio=1 - drop))
         return sites
 
     def _scaled_ms(self, params: Mapping[str, Any], options: dict[str, Any], scale: float) -> float:
@@ -197,3 +199,12 @@ class ScheduleSpace:
         for block in self.blocks:
             params |= {f"op_{block}": "drop", f"drop_{block}": 1.0}
         return self._scaled_ms(params, self._options(params), 1.0)
+
+
+def _strength(weight: float) -> float:
+    """How strongly a block reduces, 0 to 1, for its drop weight."""
+    return max(0.0, weight - LEFT_ALONE) / (1.0 - LEFT_ALONE)
+
+
+def _weight_of(strength: float) -> float:
+    return LEFT_ALONE + (1.0 - LEFT_ALONE) * strength

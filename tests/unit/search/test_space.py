@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunefront.config import PruneConfig
+from prunefront.registry import get_method
 from prunefront.schedule import plan_schedule
 from search.proposals import quasi_random
-from search.space import NONE, OPERATIONS, Variances
+from search.space import LEFT_ALONE, OPERATIONS, Variances
 from tests.unit.search.spaces import ATTENTION_MS, METHODS, MLP_MS, NO_CLASS_TOKEN, SMALL, latency_ms, space_of
 
 SPACE = space_of()
@@ -54,12 +55,14 @@ def test_every_operation_of_the_space_is_one_that_the_method_has(method: str, op
     params = point(1, method, share=SPACE.min_share)
     params |= {f"op_{block}": operation for block in range(4)} | {f"drop_{block}": 0.8 for block in range(4)}
     config = SPACE.config(params)
-    assert bool(config.sites) == (operation != NONE)
+    assert [site.block for site in config.sites] == [0, 1, 2, 3]
+    assert {site.op for site in config.sites} <= set(get_method(method).ops)
     assert PruneConfig.model_validate(config.to_dict()).content_hash() == config.content_hash()
 
 
-def test_without_any_operation_a_point_is_the_dense_model() -> None:
-    params = point(1, "hybrid", share=0.5) | {f"op_{block}": NONE for block in range(4)}
+def test_blocks_of_low_weight_are_left_alone() -> None:
+    params = point(1, "hybrid", share=0.5) | {f"drop_{block}": LEFT_ALONE for block in range(4)}
+    assert [site.block for site in SPACE.config(params | {"drop_2": 0.9}).sites] == [2]
     assert SPACE.config(params).content_hash() == PruneConfig(model=SMALL, method="hybrid").content_hash()
 
 
