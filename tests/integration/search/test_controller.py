@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from prunefront.config import PruneConfig
+from prunefront.config import ModelSpec, PruneConfig
 from search.controller import Controller
 from search.pareto import build_front
 from store.records import JobState
 from tests.integration.search.conftest import LEASE_S, run_to_end, search_body, submit
 from tests.integration.search.fake_engine import NUM_IMAGES, STUBBORN, TINY, FakeEngine
 from tests.integration.search.test_interruption import measure_body
+from workers.payloads import TablePayload, parse_payload
 from workers.tasks import TaskFailure
 
 
@@ -95,6 +96,30 @@ def test_a_table_job_stores_a_table(store, settings):
     job = run_to_end(store, FakeEngine(), settings, {"kind": "table", "model": TINY, "validate_schedules": 0})
     assert job.state is JobState.SUCCEEDED, job.failure
     assert store.get_table(job.result["table_id"]).source == job.id
+
+
+@pytest.mark.parametrize(
+    ("asked", "detail", "schedules"),
+    [({}, "full", 20), ({"detail": "quick"}, "quick", 20), ({"detail": "full", "validate_schedules": 3}, "full", 3)],
+)
+def test_a_table_job_tells_its_task_how_much_to_measure(store, settings, asked, detail, schedules):
+    engine = FakeEngine()
+    place = {"runtime": "compile", "dtype": "bf16", "batch_size": 3}
+    job = run_to_end(store, engine, settings, {"kind": "table", "model": TINY, **place, **asked})
+    assert job.state is JobState.SUCCEEDED, job.failure
+    (spec,) = engine.submitted
+    payload = parse_payload(TablePayload, spec.payload)
+    assert (payload.detail, payload.validate_schedules) == (detail, schedules)
+    assert (payload.runtime, payload.dtype, payload.batch_size) == ("compile", "bf16", 3)
+    assert payload.model == ModelSpec.model_validate(TINY)
+    assert payload.partial_path.is_relative_to(settings.artifacts_dir / job.id), "where the next controller looks"
+
+
+def test_a_search_builds_a_full_table_and_leaves_its_validation_to_table_jobs(store, settings):
+    engine = FakeEngine()
+    run_to_end(store, engine, settings, search_body())
+    payload = parse_payload(TablePayload, next(spec for spec in engine.submitted if spec.kind == "table").payload)
+    assert (payload.detail, payload.validate_schedules) == ("full", 0)
 
 
 def test_a_measure_job_measures_every_config_and_the_dense_model(store, settings):
