@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from prunefront.errors import ConfigError
 from prunefront.files import write_atomic
@@ -22,6 +32,17 @@ CONFIG_FORMAT: Literal["prunefront/config/1"] = "prunefront/config/1"
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+
+
+def _one_sentence_for_both(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+    """A union's own errors name its branches, which mean nothing to whoever wrote the document."""
+    try:
+        return parse(value)
+    except ValidationError as error:
+        raise ValueError(f"expects pixels such as 224 or [224, 320], but got {_short(value)}") from error
+
+
+Pixels = WrapValidator(_one_sentence_for_both)
 
 
 class StrictModel(BaseModel):
@@ -35,7 +56,7 @@ class ModelSpec(StrictModel):
 
     name: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+    img_size: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt] | None, Pixels] = Field(
         default=None, description="Pixels, one side or [height, width]; null is the model's own."
     )
     in_chans: PositiveInt = 3
@@ -134,22 +155,29 @@ class PruneConfig(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_method(cls, data: Any) -> Any:
-        """Options become complete and typed by the method's own model; sites are put in block order."""
+    def _complete_options(cls, data: Any) -> Any:
+        """Options become complete and typed by the method's own model."""
         from prunefront.registry import get_method
 
         if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
             return data
         method = get_method(data["method"])
-        data = dict(data)
-        data["options"] = method.parse_options(data.get("options") or {})
-        sites = data.get("sites") or ()
-        if isinstance(sites, list | tuple):
-            parsed = [site if isinstance(site, Site) else Site.model_validate(site) for site in sites]
-            # Execution order is the list's within a block and the blocks' between them.
-            data["sites"] = tuple(sorted(parsed, key=lambda site: site.block))
-            method.check_sites(data["sites"])
-        return data
+        options = data.get("options") or {}
+        # What is no mapping is refused like any other field of the wrong type.
+        return {**data, "options": method.parse_options(options)} if isinstance(options, Mapping) else data
+
+    @field_validator("sites", mode="after")
+    @classmethod
+    def _in_order_of_execution(cls, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        # The list's order within a block, the blocks' between them.
+        return tuple(sorted(sites, key=lambda site: site.block))
+
+    @model_validator(mode="after")
+    def _method_allows_sites(self) -> PruneConfig:
+        from prunefront.registry import get_method
+
+        get_method(self.method).check_sites(self.sites)
+        return self
 
     def content_hash(self) -> str:
         """Hash of what the config does: model, method, options and effective integers; never ``results``.
@@ -207,14 +235,22 @@ def load_config(source: ConfigSource) -> PruneConfig:
             name = os.fspath(source)
             try:
                 text: str | bytes = Path(source).read_bytes()
-            except OSError as error:
-                raise ConfigError(f"Cannot read config {name}: {error.strerror}. Check the path.") from error
+            except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(f"Cannot read config {name}: {reason}. Check the path.") from error
+        elif not hasattr(source, "read"):
+            raise ConfigError(
+                f"A config is read from a path, a mapping, an open file or a PruneConfig, but got {_short(source)}."
+            )
         else:
             name = str(getattr(source, "name", name))
             text = source.read()
         document = _parse(text, name)
     if not isinstance(document, dict):
-        raise ConfigError(f"{name} should hold one config (a mapping), but holds a {type(document).__name__}.")
+        raise ConfigError(
+            f"{name} should hold one config (a mapping), but holds {_KINDS.get(type(document), 'something else')}. "
+            "Check that it is the right file."
+        )
     if "format" not in document:
         raise ConfigError(f'{name} has no "format" field; a config starts with "format": "{CONFIG_FORMAT}".')
     if document["format"] != CONFIG_FORMAT:
@@ -228,24 +264,48 @@ def load_config(source: ConfigSource) -> PruneConfig:
         raise ConfigError(f"{name}: {describe_validation_error(error)}") from error
 
 
+_KINDS = {type(None): "nothing", str: "text", list: "a list", bool: "a word", int: "a number", float: "a number"}
+
+
 def describe_validation_error(error: ValidationError) -> str:
     """One sentence per problem, each with the place where it stands."""
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        got = "" if item["type"] in ("value_error", "missing", "extra_forbidden") else f" (got {item['input']!r})"
+        got = "" if item["type"] in ("value_error", "missing", "extra_forbidden") else f" (got {_short(item['input'])})"
+        if item["type"] == "extra_forbidden":
+            message = "no such field is known; correct its name or leave it out"
         parts.append(f"{where}: {message}{got}" if where else f"{message}{got}")
     return "; ".join(parts)
+
+
+def _short(value: Any) -> str:
+    """A value as it is written, cut where it would drown the sentence."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 80
+    return shortened.repr(value)
 
 
 def _parse(text: str | bytes, name: str) -> Any:
     try:
         # JSON is YAML, but YAML reads 3e9 as text; so JSON is tried first.
         return json.loads(text)
-    except ValueError:
-        pass
+    except RecursionError as error:
+        raise ConfigError(f"{name} is nested too deeply to be a config. Check that it is the right file.") from error
+    except ValueError as error:
+        json_error = error
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} is neither JSON nor YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        looks_like_json = text.lstrip()[:1] in ("{", "[", b"{", b"[")
+        reason = str(json_error) if looks_like_json else _yaml_problem(error)
+        raise ConfigError(
+            f"{name} is neither JSON nor YAML ({reason}); it may be cut off or damaged. Copy or write it again."
+        ) from error
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"{problem}: line {mark.line + 1} column {mark.column + 1}" if mark is not None else problem

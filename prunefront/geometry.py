@@ -95,10 +95,21 @@ def geometry_of(model: nn.Module) -> ModelGeometry:
         ModelError: If the model is not a plain ViT.
     """
     vit = require_supported(model)
-    block = vit.blocks[0]
-    attn = block.attn
     embed = vit.patch_embed
     grid = (int(embed.grid_size[0]), int(embed.grid_size[1]))
+    if not len(vit.blocks):
+        raise ModelError(
+            f"{type(model).__name__} has no blocks, so there is nothing to reduce. Set depth to 1 or more."
+        )
+    block = vit.blocks[0]
+    attn = block.attn
+    if grid[0] < 1 or grid[1] < 1:
+        raise ModelError(
+            f"Images of {embed.img_size[0]} x {embed.img_size[1]} px hold no patch of {embed.patch_size[0]} x "
+            f"{embed.patch_size[1]} px. Use larger images or a smaller patch_size."
+        )
+    if attn.num_heads < 1 or attn.head_dim < 1:
+        raise ModelError(f"A model needs at least one attention head, but got num_heads={attn.num_heads}.")
     heads = [module for name, module in vit.named_children() if name in ("head", "head_dist")]
     linear_heads = [head for head in heads if isinstance(head, nn.Linear)]
     gate = getattr(attn, "gate", None)
@@ -170,11 +181,13 @@ def build_timm_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
         kwargs["in_chans"] = spec.in_chans
     try:
         model: nn.Module = timm.create_model(spec.name, pretrained=pretrained, **kwargs)
-    except (TypeError, AssertionError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"timm cannot build {spec.name!r} with {_arguments(kwargs)}: {error or type(error).__name__}. "
-            "Check the model's arguments in the config."
-        ) from error
+    except (OSError, RuntimeError) as error:
+        # What goes wrong with weights, and a lack of memory, is not the arguments' fault; a negative size is.
+        if pretrained or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _cannot_build(spec.name, kwargs, error) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _cannot_build(spec.name, kwargs, error) from error
     return model
 
 
@@ -189,6 +202,13 @@ def spec_of(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Mod
         img_size=(int(size[0]), int(size[1])),
         in_chans=_in_chans(vit),
         num_classes=vit.num_classes,
+    )
+
+
+def _cannot_build(name: str, kwargs: Mapping[str, Any], error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__
+    return ModelError(
+        f"timm cannot build {name!r} with {_arguments(kwargs)}: {reason}. Check the model's arguments in the config."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
-from prunefront.config import ModelSpec, PruneConfig, StrictModel
+from prunefront.config import ModelSpec, Pixels, PruneConfig, StrictModel
 
 Runtime = Literal["eager", "compile"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -24,7 +24,7 @@ class ModelRef(StrictModel):
     name: Identifier
     checkpoint: Identifier | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    img_size: int | tuple[int, int] | None = None
+    img_size: Annotated[int | tuple[int, int] | None, Pixels] = None
     num_classes: int | None = None
 
     def spec(self) -> ModelSpec:

@@ -90,7 +90,18 @@ def test_counts_and_macs_take_whatever_a_config_can_be_read_from() -> None:
             {"sites": [{"block": 3, "op": "merge", "remove": 3}]},
             "has no operation 'merge' (block 3); it has prune, fuse",
         ),
-        ({"sites": [{"block": 3, "op": "prune", "keep_ratio": 1.2}]}, "less than or equal to 1"),
+        (
+            {"sites": [{"block": 3, "op": "prune", "keep_ratio": 1.2}]},
+            "sites.0.keep_ratio: Input should be less than or equal to 1",
+        ),
+        ({"sites": [{"blok": 3, "op": "prune", "tokens": 9}]}, "sites.0.blok: no such field is known"),
+        ({"sites": {"block": 3}}, "sites: Input should be a valid tuple"),
+        ({"options": [1]}, "options: Input should be a valid dictionary"),
+        (
+            {"model": {"name": "deit_small_patch16_224", "img_size": [224]}},
+            "model.img_size: expects pixels such as 224",
+        ),
+        ({"model": {"name": "deit_small_patch16_224", "img_size": 0}}, "320], but got 0"),
         ({"sites": [{"block": 3, "op": "prune", "keep_ratio": 0}]}, "greater than 0"),
         ({"sites": [{"block": 3, "op": "prune"}]}, "exactly one of keep_ratio, cumulative_keep_ratio, tokens, remove"),
         ({"sites": [{"block": 3, "op": "prune", "tokens": 3, "remove": 4}]}, "but got tokens, remove"),
@@ -124,16 +135,54 @@ def test_models_that_are_no_plain_vit_are_refused_by_name(name: str) -> None:
         prunefront.macs(PruneConfig(model=ModelSpec(name=name), method="tome"))
 
 
-def test_unreadable_files_say_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        load_config(tmp_path / "none.json")
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"format": [')
-    with pytest.raises(ConfigError, match="neither JSON nor YAML"):
-        load_config(broken)
-    broken.write_text("[1, 2]")
-    with pytest.raises(ConfigError, match="should hold one config"):
-        load_config(broken)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"embed_dim": -6},
+        {"patch_size": 0},
+        {"patch_size": 100},
+        {"num_heads": 0},
+        {"num_heads": -3},
+        {"depth": 0},
+        {"depth": -1},
+        {"reg_tokens": -1},
+        {"img_size": [48]},
+        {"pos_embed": "x"},
+        {"checkpoint_path": "/nowhere"},
+    ],
+    ids=str,
+)
+def test_arguments_that_no_model_can_have_are_refused_in_one_sentence(kwargs: dict[str, Any]) -> None:
+    spec = ModelSpec(name="digit_vit_patch6_48", kwargs=kwargs)
+    with pytest.raises(ModelError) as refused:
+        prunefront.macs(PruneConfig(model=spec, method="tome"))
+    sentence = str(refused.value)
+    assert sentence.endswith(".") and ".." not in sentence and ": ." not in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"format": [', r"neither JSON nor YAML \(Expecting value: line 1 column 13 .*may be cut off"),
+        ("sites:\n- {block: 3", r"neither JSON nor YAML \(expected ',' or '}', .*line 2 column 12\).*may be cut off"),
+        ("date: 2024-99-99", "neither JSON nor YAML .*month must be in 1..12"),
+        ("[" * 100_000, "nested too deeply to be a config"),
+        ("[1, 2]", "should hold one config .*, but holds a list"),
+        ("", "should hold one config .*, but holds nothing"),
+        ("evit", "should hold one config .*, but holds text"),
+    ],
+    ids=["JSON cut off", "YAML cut off", "impossible date", "deep", "list", "empty", "text"],
+)
+def test_text_that_is_no_config_says_what_is_wrong(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as refused:
+        load_config(io.StringIO(text))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/none.json", "/", "a\0b", 5, None, [DOCUMENT], b"{}"])
+def test_what_no_config_can_be_read_from_is_refused(source: Any) -> None:
+    with pytest.raises(ConfigError, match="Cannot read config|A config is read from a path, a mapping"):
+        load_config(source)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
