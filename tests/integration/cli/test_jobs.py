@@ -69,3 +69,18 @@ def test_a_refusal_is_told_in_the_words_of_the_service(
     shown = capfd.readouterr()
     assert sentence in shown.err
     assert len(shown.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["jobs", "list"], ["demo", "--quick", "--no-serve", "--out"]])
+def test_a_data_folder_that_cannot_be_made_is_named(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("PRUNEFRONT_DATA_DIR", str(file / "data"))
+    monkeypatch.setenv("PRUNEFRONT_LOG_LEVEL", "WARNING")
+
+    assert run([*arguments, str(file)] if arguments[-1] == "--out" else arguments) == 2
+    shown = capfd.readouterr()
+    assert f"The data folder {file / 'data'} cannot be made: Not a directory." in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
