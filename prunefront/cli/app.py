@@ -92,6 +92,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; no exception leaves it unless PRUNEFRONT_DEBUG is set."""
     try:
         outcome = app(list(arguments), prog_name="prunefront", standalone_mode=False)
+        if outcome == STOPPED:  # typer's answer to Ctrl-C; older ones raise Abort
+            note("Stopped.")
         return outcome if isinstance(outcome, int) else DONE
     except typer.Abort:
         note("Stopped.")
