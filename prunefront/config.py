@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -28,21 +28,28 @@ from pydantic import (
 from prunefront.errors import ConfigError
 from prunefront.files import write_atomic
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 CONFIG_FORMAT: Literal["prunefront/config/1"] = "prunefront/config/1"
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
-def _one_sentence_for_both(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
-    """A union's own errors name its branches, which mean nothing to whoever wrote the document."""
-    try:
-        return parse(value)
-    except ValidationError as error:
-        raise ValueError(f"expects pixels such as 224 or [224, 320], but got {_short(value)}") from error
+def expecting(what: str) -> WrapValidator:
+    """Refuse with one sentence what no branch of a union takes; its own errors name branches that no reader knows."""
+
+    def validate(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return parse(value)
+        except ValidationError as error:
+            raise ValueError(f"expects {what}, but got {_short(value)}") from error
+
+    return WrapValidator(validate)
 
 
-Pixels = WrapValidator(_one_sentence_for_both)
+PIXELS = expecting("pixels such as 224 or [224, 320]")
 
 
 class StrictModel(BaseModel):
@@ -56,7 +63,7 @@ class ModelSpec(StrictModel):
 
     name: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    img_size: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt] | None, Pixels] = Field(
+    img_size: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt] | None, PIXELS] = Field(
         default=None, description="Pixels, one side or [height, width]; null is the model's own."
     )
     in_chans: PositiveInt = 3
@@ -267,16 +274,37 @@ def load_config(source: ConfigSource) -> PruneConfig:
 _KINDS = {type(None): "nothing", str: "text", list: "a list", bool: "a word", int: "a number", float: "a number"}
 
 
+# pydantic's kinds of errors whose own words speak of Python, or leave open what to do.
+_MESSAGES = {
+    "extra_forbidden": "no such field is known; correct its name or leave it out",
+    "model_type": "Input should be an object with named fields",
+    "model_attributes_type": "Input should be an object with named fields",
+    "dict_type": "Input should be an object with named fields",
+    "tuple_type": "Input should be a list",
+    "list_type": "Input should be a list",
+}
+_NEEDS_NO_VALUE = ("value_error", "missing", "extra_forbidden")
+
+
+def readable_errors(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
+    """pydantic's errors in the words of whoever wrote the document, without those that only follow from others."""
+    items = list(errors)
+    deeper = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
+    return [
+        {**item, "msg": _MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))}
+        for item in items
+        # A list whose items were refused counts as too short as well.
+        if not (item["type"] == "too_short" and item["loc"] in deeper)
+    ]
+
+
 def describe_validation_error(error: ValidationError) -> str:
     """One sentence per problem, each with the place where it stands."""
     parts = []
-    for item in error.errors():
+    for item in readable_errors(error.errors()):
         where = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        got = "" if item["type"] in ("value_error", "missing", "extra_forbidden") else f" (got {_short(item['input'])})"
-        if item["type"] == "extra_forbidden":
-            message = "no such field is known; correct its name or leave it out"
-        parts.append(f"{where}: {message}{got}" if where else f"{message}{got}")
+        got = "" if item["type"] in _NEEDS_NO_VALUE else f" (got {_short(item['input'])})"
+        parts.append(f"{where}: {item['msg']}{got}" if where else f"{item['msg']}{got}")
     return "; ".join(parts)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
-from prunefront.config import ModelSpec, Pixels, PruneConfig, StrictModel
+from prunefront.config import PIXELS, ModelSpec, PruneConfig, StrictModel, expecting
 
 Runtime = Literal["eager", "compile"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -24,7 +24,7 @@ class ModelRef(StrictModel):
     name: Identifier
     checkpoint: Identifier | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    img_size: Annotated[int | tuple[int, int] | None, Pixels] = None
+    img_size: Annotated[int | tuple[int, int] | None, PIXELS] = None
     num_classes: int | None = None
 
     def spec(self) -> ModelSpec:
@@ -35,7 +35,10 @@ class SearchSpace(StrictModel):
     """Which schedules may be proposed."""
 
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("evit", "ppt", "tome", "diffrate", "hybrid")
-    locations: Literal["any"] | tuple[Annotated[int, Field(ge=0)], ...] = "any"
+    locations: Annotated[
+        Literal["any"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)],
+        expecting('"any" or a list of 0-based blocks such as [3, 6, 9]'),
+    ] = "any"
     min_keep_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.3, description="Least share of the tokens present that one site may keep."
     )

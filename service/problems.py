@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from latency_tables.schema import LatencyTableError
+from prunefront.config import readable_errors
 from prunefront.errors import (
     CheckpointError,
     ConfigError,
@@ -43,6 +44,7 @@ from store import (
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+JOB_KINDS = ("search", "table", "measure")
 RETRY_AFTER_S = "2"
 """What a client is told to wait while the database is busy or away."""
 
@@ -158,7 +160,7 @@ def status_and_code(error: PrunefrontError) -> tuple[int, str]:
 
 def validation_problem(errors: Sequence[Any]) -> Problem:
     """Pydantic's list of errors as one problem; values that were sent are not echoed."""
-    fields = [_field_problem(item) for item in errors]
+    fields = [_field_problem(item) for item in readable_errors(errors)]
     first = fields[0]
     more = f" ({len(fields) - 1} more in errors.)" if len(fields) > 1 else ""
     where = f"{first.pointer}: " if first.pointer else ""
@@ -175,10 +177,14 @@ def _field_problem(item: Mapping[str, Any]) -> FieldProblem:
     place, *path = item["loc"] or ("body",)
     if item["type"] == "json_invalid":
         path = []
-    elif place == "body" and path and path[0] in ("search", "table", "measure"):
+    elif place == "body" and path and path[0] in JOB_KINDS:
         path = path[1:]  # The tag by which pydantic chose the kind of job is no part of the document.
     cause = item.get("ctx", {}).get("error")
     message = str(cause) if isinstance(cause, Exception) else str(item["msg"])
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        # What tells the kinds of job apart is a field like any other.
+        path = [*path, "kind"]
+        message = f"Input should be one of {', '.join(JOB_KINDS)}"
     code = status_and_code(cause)[1] if isinstance(cause, PrunefrontError) else str(item["type"])
     if place == "body":
         pointer = "".join(f"/{part}" for part in path)

@@ -561,7 +561,7 @@ def _find(session: Session, job_id: str, *, lock: bool = False) -> Job:
         statement = statement.with_for_update()
     job = session.scalars(statement).one_or_none() if is_storable_text(job_id) else None
     if job is None:
-        raise NotFoundError(f"There is no job {job_id!r}. `prunefront jobs` lists them.")
+        raise NotFoundError(f"There is no job {job_id!r}. `prunefront jobs list` lists them.")
     return job
 
 

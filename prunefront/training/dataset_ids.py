@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from timm.data.readers.img_extensions import get_img_extensions
 
-from prunefront.config import StrictModel
+from prunefront.config import StrictModel, describe_validation_error
 from prunefront.errors import DatasetError, UnknownNameError
 
 SplitName = Literal["train", "search", "test"]
@@ -91,8 +91,7 @@ def dataset_entries() -> dict[str, DatasetEntry]:
         entries = TypeAdapter(dict[str, DatasetEntry]).validate_python(document or {})
     except (OSError, ValueError, yaml.YAMLError) as error:
         if isinstance(error, ValidationError):
-            first = error.errors(include_url=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            reason = describe_validation_error(error)
         else:
             reason = str(error)
         raise DatasetError(

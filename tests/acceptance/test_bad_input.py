@@ -49,6 +49,22 @@ BAD_SEARCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "class token",
     ),
     "location": ({"space": {"locations": [2, 6]}}, "invalid_config", "/space/locations/1", "0 to 5"),
+    "no location": ({"space": {"locations": []}}, "invalid_request", "/space/locations", "0-based blocks"),
+    "location below 0": ({"space": {"locations": [-1]}}, "invalid_request", "/space/locations", "0-based blocks"),
+    "image of one side in a list": (
+        {"model": {"name": MODEL, "img_size": [48]}},
+        "invalid_request",
+        "/model/img_size",
+        "[224, 320]",
+    ),
+    "image smaller than a patch": ({"model": {"name": MODEL, "img_size": 4}}, "unsupported_model", "/model", "6 x 6"),
+    "model argument of no model": (
+        {"model": {"name": MODEL, "kwargs": {"num_heads": 0}}},
+        "unsupported_model",
+        "/model",
+        "num_heads=0",
+    ),
+    "model that is a word": ({"model": MODEL}, "invalid_request", "/model", "object with named fields"),
     "keep ratio": (
         {"space": {"min_keep_ratio": 1.5}},
         "invalid_request",
@@ -86,8 +102,8 @@ BAD_SEARCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "warm start": ({"warm_start_from": ["nope"]}, "unknown_name", "/warm_start_from/0", "nope"),
     "batch size": ({"batch_size": 0}, "invalid_request", "/batch_size", "greater than or equal to 1"),
-    "field": ({"bathc_size": 8}, "invalid_request", "/bathc_size", "not permitted"),
-    "kind": ({"kind": "dance"}, "invalid_request", "", "search"),
+    "field": ({"bathc_size": 8}, "invalid_request", "/bathc_size", "no such field is known"),
+    "kind": ({"kind": "dance"}, "invalid_request", "/kind", "one of search, table, measure"),
 }
 
 

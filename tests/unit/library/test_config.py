@@ -95,8 +95,8 @@ def test_counts_and_macs_take_whatever_a_config_can_be_read_from() -> None:
             "sites.0.keep_ratio: Input should be less than or equal to 1",
         ),
         ({"sites": [{"blok": 3, "op": "prune", "tokens": 9}]}, "sites.0.blok: no such field is known"),
-        ({"sites": {"block": 3}}, "sites: Input should be a valid tuple"),
-        ({"options": [1]}, "options: Input should be a valid dictionary"),
+        ({"sites": {"block": 3}}, "sites: Input should be a list"),
+        ({"options": [1]}, "options: Input should be an object with named fields"),
         (
             {"model": {"name": "deit_small_patch16_224", "img_size": [224]}},
             "model.img_size: expects pixels such as 224",

@@ -76,6 +76,18 @@ def test_several_errors_are_all_listed_and_the_first_is_the_sentence() -> None:
     assert "/batch_size" in problem.detail and "1 more" in problem.detail
 
 
+def test_a_list_whose_item_is_refused_is_not_called_too_short_as_well() -> None:
+    config = {"model": {"name": "m"}, "method": "evit", "sites": [{"block": 0, "op": "fuse", "keep_ratio": 1.5}]}
+    problem = problem_for({"kind": "measure", "configs": [config]})
+    assert [field.pointer for field in problem.errors] == ["/configs/0/sites/0/keep_ratio"]
+
+
+@pytest.mark.parametrize("body", [{}, {"kind": "dance"}, {"kind": 3}])
+def test_a_job_of_no_known_kind_is_told_the_kinds_there_are(body: dict[str, Any]) -> None:
+    (field,) = problem_for(body).errors
+    assert (field.pointer, field.message) == ("/kind", "Input should be one of search, table, measure")
+
+
 def test_values_that_were_sent_are_not_echoed_by_the_framework_errors() -> None:
     problem = problem_for({"kind": "search", "model": {"name": "m"}, "dataset": "d", "seed": "hunter2"})
     assert "hunter2" not in json.dumps([field.model_dump() for field in problem.errors])

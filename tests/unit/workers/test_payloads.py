@@ -32,7 +32,7 @@ def test_null_weights_and_defaults_are_understood() -> None:
         (TablePayload, {"model": MODEL, "batch_size": 8, "runtime": "tensorrt"}, "runtime.*'eager' or 'compile'"),
         (EvaluatePayload, {**EVALUATE, "split": "validation"}, "split.*'train', 'search' or 'test'"),
         (EvaluatePayload, {**EVALUATE, "entries": EVALUATE["entries"] * 2}, "'?a'? stands twice"),
-        (EvaluatePayload, {**EVALUATE, "images": 5}, "images: Extra inputs"),
+        (EvaluatePayload, {**EVALUATE, "images": 5}, "images: no such field is known"),
         (MeasurePayload, {"model": MODEL, "entries": []}, "batch_size: Field required"),
         (CalibratePayload, {"model": MODEL, "dataset": "digit-scenes", "num_images": 1}, "num_images"),
     ],
