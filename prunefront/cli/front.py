@@ -60,10 +60,11 @@ def job_id(client: Any, job: str) -> str:
 
 def print_front(document: dict[str, Any]) -> None:
     """Print a front document as a table, fastest first."""
-    dense = document["dense"]
-    points = [("front", point) for point in document["points"]] + [("mark", point) for point in document["marks"]]
-    if dense is not None and not any(point["trial"] == dense["trial"] for _, point in points):
-        points.append(("dense", dense))
+    # A mark may stand on the front as well; it is one row all the same.
+    points = {point["trial"]: ("front", point) for point in document["points"]}
+    for kind, point in [*(("mark", mark) for mark in document["marks"]), ("dense", document["dense"])]:
+        if point is not None:
+            points.setdefault(point["trial"], (kind, point))
     print_table(
         [
             "",
@@ -79,7 +80,7 @@ def print_front(document: dict[str, Any]) -> None:
             "GMACs",
             "trial",
         ],
-        [_row(kind, point) for kind, point in sorted(points, key=lambda item: float(item[1]["measured_ms"]))],
+        [_row(kind, point) for kind, point in sorted(points.values(), key=lambda one: float(one[1]["measured_ms"]))],
         title=(
             f"{document['device']}, {document['runtime']}, {document['dtype']}, batch {document['batch_size']}; "
             f"{document['fidelity']} on the {document['split']} split"
