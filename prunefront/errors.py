@@ -67,3 +67,7 @@ class MissingExtraError(PrunefrontError, ImportError):
 
 class FileWriteError(PrunefrontError, OSError):
     """A file that could not be written; whatever stood there before is intact."""
+
+    def __str__(self) -> str:
+        # Python would put the error number in front of the sentence.
+        return self.strerror or super().__str__()

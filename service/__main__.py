@@ -6,9 +6,6 @@ import argparse
 import logging
 import sys
 
-from pydantic import ValidationError
-
-from prunefront.config import describe_validation_error
 from prunefront.errors import PrunefrontError
 from service.run import serve
 from service.settings import Settings
@@ -21,10 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        serve(Settings(), options.with_controller)
-    except ValidationError as error:
-        sys.stderr.write(f"Settings (PRUNEFRONT_*): {describe_validation_error(error)}\n")
-        return 2
+        serve(Settings.read(), options.with_controller)
     except PrunefrontError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from prunefront.errors import ConfigError
+from search.settings import ControllerSettings
 from service.app import create_app
 from service.settings import Settings
 from service.supervisor import Supervisor
@@ -52,12 +53,15 @@ def serve(settings: Settings, with_controller: bool, *, say: Callable[[str], Non
         say: Takes the lines meant for the person at the terminal.
 
     Raises:
-        ConfigError: If the address is not safe, or the port is taken.
+        ConfigError: If a setting cannot be used, the address is not safe, or the port is taken.
+        FileWriteError: If the data folder cannot be written.
         StoreError: If the database cannot be used.
     """
     settings.require_safe_bind()
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    settings.checkpoints_dir.mkdir(exist_ok=True)
+    settings.make_folders()
+    if with_controller:
+        # Its process would end at once, again and again, with nobody to tell but the log.
+        ControllerSettings.read(data_dir=settings.data_dir).make_folders()
     listener = listen(settings.host, settings.port)
     with contextlib.closing(listener), _signals_ignored_after_shutdown():
         prepare_store(settings, with_controller)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
 from sqlalchemy import exc as sa_exc
@@ -61,9 +62,13 @@ def parse_url(url: str) -> URL:
         return parsed.set(drivername="postgresql+psycopg")
     if backend != "sqlite":
         raise StoreError(f"{expected}, got one of {backend!r}. Use SQLite or Postgres.")
+    if parsed.host:
+        raise StoreError(f"{expected}, got SQLite with a host. Write three slashes and then the path.")
     if parsed.database in (None, "", ":memory:"):
         raise StoreError(f"{expected}, got SQLite without a file. Name a file: API and controller share it.")
-    return parsed.set(drivername="sqlite+pysqlite")
+    # SQLAlchemy 2.0 takes %XX in a file name as it stands, 2.1 decodes it.
+    path = unquote(url.partition(":///")[2].partition("?")[0])
+    return parsed.set(drivername="sqlite+pysqlite", database=path)
 
 
 def describe(url: URL) -> str:

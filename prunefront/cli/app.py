@@ -120,7 +120,7 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, JobFailedError):
         return FAILED, str(error)
     if isinstance(error, PrunefrontError):
-        return REFUSED, error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return REFUSED, str(error)
     if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").partition(".")[0]
         if missing in APPLICATION:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from prunefront.errors import FileWriteError, PrunefrontError
+from prunefront.errors import PrunefrontError
 
 if TYPE_CHECKING:
     from prunefront.client import Client
@@ -47,15 +47,8 @@ def _own_service(with_controller: bool, offers_devices: bool) -> Iterator[str]:
     from service.settings import Settings
     from service.supervisor import Supervisor
 
-    settings = Settings(host="127.0.0.1", port=0)
-    try:
-        settings.checkpoints_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileWriteError(
-            error.errno,
-            f"The data folder {settings.data_dir} cannot be made: {error.strerror}. "
-            "Name one that can with PRUNEFRONT_DATA_DIR, for a demo with --out.",
-        ) from error
+    settings = Settings.read(host="127.0.0.1", port=0)
+    settings.make_folders()
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
         prepare_store(settings, offers_devices)
         app = create_app(settings)

@@ -20,6 +20,8 @@ def controller(data_dir: DataDir = None, database_url: DatabaseUrl = None) -> No
     # The controller is a program of its own, `python -m search`, that reads the environment.
     os.environ["PRUNEFRONT_DATA_DIR"] = str(settings.data_dir)
     os.environ["PRUNEFRONT_DATABASE_URL"] = settings.database_url
-    start_logging()
+    from search.settings import ControllerSettings
+
+    start_logging(ControllerSettings.read().log_level)
     sys.argv = ["search"]
     runpy.run_module("search", run_name="__main__", alter_sys=True)

@@ -124,7 +124,7 @@ def _check_browser() -> Iterator[Check]:
 def _check_data_folder() -> Iterator[Check]:
     from service.settings import Settings
 
-    folder = Settings().data_dir
+    folder = Settings.read().data_dir
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free_gib = shutil.disk_usage(existing).free / 2**30
     try:
@@ -150,11 +150,11 @@ def _check_database() -> Iterator[Check]:
     from store import open_store
     from store.session import describe, parse_url
 
-    url = parse_url(Settings().database_url)
+    url = parse_url(Settings.read().database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
         yield Check(name="database", state="ok", detail=f"{describe(url)}, made on first use")
         return
-    store = open_store(Settings().database_url)
+    store = open_store(Settings.read().database_url)
     try:
         store.check()
     finally:

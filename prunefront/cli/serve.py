@@ -44,13 +44,13 @@ def read_settings(**given: Any) -> Settings:
     """Settings of the environment, with what the command line gives instead."""
     from service.settings import Settings
 
-    return Settings(**{name: value for name, value in given.items() if value is not None})
+    return Settings.read(**{name: value for name, value in given.items() if value is not None})
 
 
-def start_logging() -> None:
+def start_logging(level: str = "INFO") -> None:
     """Log to stderr; only the processes that serve and work do, a command prints."""
     import logging
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for talkative in ("alembic", "httpx", "uvicorn"):
         logging.getLogger(talkative).setLevel(logging.WARNING)

@@ -166,7 +166,8 @@ def test_service_prints_its_address_answers_and_ends_on_a_signal(tmp_path: Path,
     [
         ({"PRUNEFRONT_HOST": "0.0.0.0"}, "PRUNEFRONT_ALLOW_NETWORK_ACCESS_WITHOUT_LOGIN"),
         ({"PRUNEFRONT_DATABASE_URL": "postgresql://127.0.0.1:9/none"}, "database"),
-        ({"PRUNEFRONT_PORT": "many"}, "port"),
+        ({"PRUNEFRONT_PORT": "many"}, "PRUNEFRONT_PORT"),
+        ({"PRUNEFRONT_DATA_DIR": "/dev/null/data"}, "data folder /dev/null/data cannot be made"),
     ],
 )
 def test_service_that_cannot_start_says_why_in_one_line(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,32 @@ def test_without_typer_the_command_says_what_to_install() -> None:
         "The prunefront command needs the package typer, which the library alone does not install: "
         "pip install 'prunefront[app]'."
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("PRUNEFRONT_LEASE_S", "long", "PRUNEFRONT_LEASE_S cannot be used"),
+        ("PRUNEFRONT_LOG_LEVEL", "loud", "PRUNEFRONT_LOG_LEVEL cannot be used"),
+        ("PRUNEFRONT_DATA_DIR", "/dev/null/data", "data folder /dev/null/data cannot be made"),
+        ("PRUNEFRONT_DATA_DIR", "{taken}", "The controller cannot write to {taken}/engine: File exists."),
+    ],
+)
+def test_a_controller_that_cannot_start_says_why_in_one_line(
+    tmp_path: Path, variable: str, value: str, words: str
+) -> None:
+    (tmp_path / "engine").touch()
+    finished = subprocess.run(
+        [sys.executable, "-m", "search"],
+        env={**os.environ, "PRUNEFRONT_DATA_DIR": str(tmp_path), variable: value.format(taken=tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert finished.returncode == 1
+    (line,) = finished.stderr.splitlines()
+    assert words.format(taken=tmp_path) in line
 
 
 @pytest.mark.parametrize("order", ["import prunefront, timm", "import timm, prunefront"])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from prunefront.errors import ConfigError
-from search.settings import default_data_dir
+from search.settings import ControllerSettings, default_data_dir
 from service.settings import Settings, is_loopback
+from store.session import describe, parse_url
 
 
 def settings(**given: object) -> Settings:
@@ -18,6 +19,39 @@ def settings(**given: object) -> Settings:
 def test_database_is_sqlite_in_the_data_folder_unless_named() -> None:
     assert settings().database_url == "sqlite:////data/prunefront.sqlite3"
     assert settings(database_url="postgresql://db/x").database_url == "postgresql://db/x"
+
+
+@pytest.mark.parametrize("folder", ["/we ird", "/50%20 ü", "/wh?t#", "/a@b:c"])
+def test_database_lies_in_the_data_folder_whatever_its_name(folder: str) -> None:
+    assert describe(parse_url(settings(data_dir=folder).database_url)) == f"{folder}/prunefront.sqlite3"
+
+
+def test_a_variable_without_a_value_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DATA_DIR", "DATABASE_URL", "PORT"):
+        monkeypatch.setenv(f"PRUNEFRONT_{name}", "")
+    read = Settings.read()
+    assert (read.data_dir, read.port) == (default_data_dir(), 8000)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("PRUNEFRONT_LEASE_S", "long", "PRUNEFRONT_LEASE_S cannot be used: .*got 'long'"),
+        ("PRUNEFRONT_LOG_LEVEL", "loud", "PRUNEFRONT_LOG_LEVEL cannot be used: .*'INFO'.*got 'LOUD'"),
+        ("PRUNEFRONT_DATA_DIR", "~nobody-of-that-name/x", "data folder cannot be told .*PRUNEFRONT_DATA_DIR"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        ControllerSettings.read()
+
+
+def test_log_levels_may_be_written_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNEFRONT_LOG_LEVEL", "warning")
+    assert ControllerSettings.read().log_level == "WARNING"
 
 
 def test_data_folder_follows_xdg_and_ignores_a_relative_one(monkeypatch: pytest.MonkeyPatch) -> None:

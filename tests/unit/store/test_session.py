@@ -28,7 +28,15 @@ def test_urls_get_the_driver_that_is_installed(url: str, driver: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "store.db", "sqlite://", "sqlite:///:memory:", "mysql://u:hunter2@db/x", "postgresql://u:hunter2@db:port/x"],
+    [
+        "",
+        "store.db",
+        "sqlite://",
+        "sqlite://srv/store.db",
+        "sqlite:///:memory:",
+        "mysql://u:hunter2@db/x",
+        "postgresql://u:hunter2@db:port/x",
+    ],
 )
 def test_other_urls_are_refused_without_repeating_secrets(url: str) -> None:
     with pytest.raises(StoreError, match="Expected a database URL such as") as caught:
@@ -40,6 +48,8 @@ def test_other_urls_are_refused_without_repeating_secrets(url: str) -> None:
     ("url", "text"),
     [
         ("sqlite:////srv/store.db", "/srv/store.db"),
+        ("sqlite:///store.db", "store.db"),
+        ("sqlite:////srv/wh%3Ft%2520 ü.db", "/srv/wh?t%20 ü.db"),
         ("postgresql://u:hunter2@db/prunefront", "db:5432/prunefront"),
         ("postgresql://u:hunter2@db:6543/prunefront", "db:6543/prunefront"),
         ("postgresql://u:hunter2@/prunefront?host=/run/pg", "/run/pg:5432/prunefront"),
