@@ -177,6 +177,9 @@ def _evit_sites(hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, 
         locations = hparams.get("drop_loc", EVIT_LOCATIONS)
         stored = [stored if block in locations else 1.0 for block in range(depth)]
     stored = _per_block(stored, depth, "keep_rate")
+    wrong = [rate for rate in stored if not 0 < rate <= 1]
+    if wrong:
+        raise ConfigError(f"keep_rate is a share of the tokens, above 0 and at most 1, but got {wrong[0]}.")
     override = _per_block(hparams.get("runtime_keep_rate"), depth, "runtime_keep_rate")
     tokens = _per_block(hparams.get("runtime_tokens"), depth, "runtime_tokens")
     op = "fuse" if hparams.get("fuse_token") else "prune"

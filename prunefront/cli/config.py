@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunefront.cli.options import AsJson, ImgSize, ModelKwargs, NumClasses, model_spec
-from prunefront.cli.output import print_fields, print_json, print_table, stdout, write_result
+from prunefront.cli.output import note, print_fields, print_json, print_table, stdout, write_result
 from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def new(
 
     Example: prunefront config new --model deit_small_patch16_224 --method evit --at 3,6,9 --op fuse --keep-ratio 0.7
     """
-    from prunefront.cli.options import parse_model_kwargs
-    from prunefront.cli.spellings import MODEL_NAMES, read_spelling
+    from prunefront.cli.options import parse_pairs
+    from prunefront.cli.spellings import MODEL_NAMES, check_spelling, read_spelling
     from prunefront.config import PruneConfig
     from prunefront.geometry import geometry_for
     from prunefront.official import official_sites
@@ -93,9 +93,10 @@ def new(
         "tokens": tokens,
         "remove": remove,
     }
-    options = parse_model_kwargs(option)
+    options = parse_pairs(option, "--option")
     sites: list[dict[str, Any]]
     if context.args:
+        check_spelling(context.args, [name for parameter in context.command.params for name in parameter.opts])
         if at or site or any(value is not None for value in amounts.values()):
             raise ConfigError(
                 f"One schedule takes either our options (--at, --site, --keep-ratio, ...) or the repository's, but got "
@@ -103,7 +104,9 @@ def new(
             )
         method, hparams = read_spelling(context.args, method)
         depth = geometry_for(spec).depth
-        outside = [block for name in ("drop_loc", "pp_loc_list") for block in hparams.get(name, ()) if block >= depth]
+        outside = [
+            block for name in ("drop_loc", "pp_loc_list") for block in hparams.get(name, ()) if not 0 <= block < depth
+        ]
         if outside:
             raise ConfigError(f"{spec.name} has blocks 0 to {depth - 1}, but got {outside[0]}; name one of them.")
         sites, spelt_options = official_sites(method, hparams, depth)
@@ -168,6 +171,9 @@ def published(
         raise ConfigError(f"--out writes one schedule; name it, for example {next(iter(configs), 'NAME')!r}.")
     if as_json:
         print_json({key: config.to_dict() for key, config in configs.items()})
+        return
+    if not configs:
+        note(f"Nothing of {method} was published for models like {model}.")
         return
     rows = [(key, f"{prunefront.macs(config) / 1e9:.4f}", _summary(config)) for key, config in configs.items()]
     print_table(["schedule", "GMACs", "sites"], rows, title=f"{method} for {model}")
@@ -254,7 +260,8 @@ def _parse_site(text: str) -> dict[str, Any]:
     op, _, amount = rest.partition(":")
     name, _, value = amount.partition("=")
     try:
-        return {"block": int(block), "op": op, name.replace("-", "_"): float(value) if "." in value else int(value)}
+        number = int(value) if value.lstrip("+-").isdigit() else float(value)
+        return {"block": int(block), "op": op, name.replace("-", "_"): number}
     except ValueError as error:
         raise ConfigError(
             f"--site expects BLOCK:OP:AMOUNT=VALUE such as 3:fuse:keep_ratio=0.7, but got {text!r}."

@@ -53,13 +53,17 @@ def parse_img_size(text: str | None) -> int | tuple[int, int] | None:
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
-def parse_model_kwargs(pairs: list[str] | None) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` pairs; a value is JSON where it parses, text otherwise."""
+def parse_pairs(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """Read the ``NAME=VALUE`` pairs of an option; a value is JSON where it parses, text otherwise.
+
+    Raises:
+        ConfigError: If one is no such pair.
+    """
     kwargs: dict[str, Any] = {}
     for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise ConfigError(f"--model-kwarg expects NAME=VALUE, but got {pair!r}.")
+            raise ConfigError(f"{option} expects NAME=VALUE, but got {pair!r}.")
         try:
             kwargs[name] = json.loads(value)
         except ValueError:
@@ -74,5 +78,8 @@ def model_spec(
     from prunefront.config import ModelSpec
 
     return ModelSpec(
-        name=name, kwargs=parse_model_kwargs(kwargs), img_size=parse_img_size(img_size), num_classes=num_classes
+        name=name,
+        kwargs=parse_pairs(kwargs, "--model-kwarg"),
+        img_size=parse_img_size(img_size),
+        num_classes=num_classes,
     )

@@ -22,7 +22,7 @@ from prunefront.cli.options import (
     RuntimeOption,
     Url,
     parse_img_size,
-    parse_model_kwargs,
+    parse_pairs,
 )
 from prunefront.cli.output import note, print_json, write_result
 
@@ -97,7 +97,7 @@ def search(
                 "checkpoint": checkpoint,
                 "img_size": parse_img_size(img_size),
                 "num_classes": num_classes,
-                "kwargs": parse_model_kwargs(model_kwarg) or None,
+                "kwargs": parse_pairs(model_kwarg, "--model-kwarg") or None,
             },
             "dataset": dataset,
             "device": device,

@@ -8,7 +8,8 @@ underscores are the same; each spelling belongs to one method, which it implies.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -63,6 +64,28 @@ MODEL_NAMES: dict[str, str] = {
 } | {"deit-t": "deit_tiny_patch16_224", "deit-s": "deit_small_patch16_224", "deit-b": "deit_base_patch16_224"}
 
 
+def check_spelling(arguments: Sequence[str], own_options: Collection[str] = ()) -> list[str]:
+    """Names of the repository's options among the arguments.
+
+    Args:
+        arguments: As they stood on the command line.
+        own_options: Options that are no spelling but may have been meant, such as ``--keep-ratio``.
+
+    Raises:
+        ConfigError: If one of them is no option of a schedule.
+    """
+    names = {_normalised(word).partition("=")[0][2:]: word.partition("=")[0] for word in arguments if word[:2] == "--"}
+    for name, word in names.items():
+        if name in FOREIGN:
+            raise ConfigError(f"{word} belongs to {FOREIGN[name]}, whose schedules have no spelling here.")
+        if name not in SPELLINGS:
+            spellings = [f"--{spelling}" for spelling in SPELLINGS]
+            close = difflib.get_close_matches(word, [*own_options, *spellings], n=2, cutoff=0.75)
+            known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(spellings)}."
+            raise ConfigError(f"{word} is not part of a schedule; {known} See prunefront config new --help.")
+    return list(names)
+
+
 def read_spelling(arguments: Sequence[str], method: str | None = None) -> tuple[str, dict[str, Any]]:
     """Read a repository's options.
 
@@ -76,14 +99,7 @@ def read_spelling(arguments: Sequence[str], method: str | None = None) -> tuple[
     Raises:
         ConfigError: If an option is unknown, belongs to another method than the rest, or has a value out of place.
     """
-    words = [_normalised(word) for word in arguments]
-    used = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
-    for name in used:
-        if name in FOREIGN:
-            raise ConfigError(f"--{name} belongs to {FOREIGN[name]}, whose schedules have no spelling here.")
-        if name not in SPELLINGS:
-            known = ", ".join(f"--{spelling}" for spelling in SPELLINGS)
-            raise ConfigError(f"--{name} is not part of a schedule; the repositories' own options are {known}.")
+    used = check_spelling(arguments)
     owners = {SPELLINGS[name].method: f"--{name} of {SPELLINGS[name].method}" for name in used}
     if method is not None:
         owners.setdefault(method, f"--method {method}")
@@ -92,7 +108,7 @@ def read_spelling(arguments: Sequence[str], method: str | None = None) -> tuple[
     if not used:
         raise ConfigError(f"Expected options of a schedule, but got {' '.join(arguments)!r}; see config new --help.")
     (owner,) = owners
-    return owner, DEFAULTS[owner] | _hparams(words)
+    return owner, DEFAULTS[owner] | _hparams([_normalised(word) for word in arguments])
 
 
 def _hparams(words: Sequence[str]) -> dict[str, Any]:
@@ -114,10 +130,14 @@ def _hparams(words: Sequence[str]) -> dict[str, Any]:
             values[spelling.hparam] = spelling.read(" ".join(given))
         except ValueError as error:
             raise ConfigError(f"--{name} expects numbers, but got {' '.join(given)!r}.") from error
-    r = values.get("r")
+    r = values.get("r", 0)
+    counts = r if isinstance(r, list) else [r]
     # A pair (r, inflection) is told from a list by its second value.
-    if isinstance(r, list) and len(r) == 2 and -1 <= r[1] <= 1:
+    if len(counts) == 2 and -1 <= counts[1] <= 1:
         values["r_kind"] = "(r, inflection)"
+        counts = counts[:1]
+    if any(count < 0 for count in counts):
+        raise ConfigError(f"r is how many tokens leave in a block, but got {min(counts)}. Use 0 or more.")
     return values
 
 

@@ -56,13 +56,15 @@ def test_the_repositorys_spelling_and_ours_are_one_config(tmp_path: Path) -> Non
 
 def test_sites_can_be_spelled_one_by_one(capfd: pytest.CaptureFixture[str]) -> None:
     line = (
-        "config new --model deit_small_patch16_224 --method ppt --option threshold=0 --site 3:pool_or_prune:remove=50"
+        "config new --model deit_small_patch16_224 --method ppt --option threshold=0 --site 3:pool_or_prune:remove=50 "
+        "--site 6:pool_or_prune:keep-ratio=9e-1"
     )
 
     assert run(line.split()) == 0
 
     config = load_config(json.loads(capfd.readouterr().out))
     assert (config.sites[0].block, config.sites[0].remove, config.options["threshold"]) == (3, 50, 0)
+    assert (config.sites[1].block, config.sites[1].keep_ratio) == (6, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,12 @@ def test_sites_can_be_spelled_one_by_one(capfd: pytest.CaptureFixture[str]) -> N
         ("--at 3 --remove 5", "Name the method"),
         ("--drop_loc 3,12", "blocks 0 to 11, but got 12"),
         ("--method evit --at 3 --r 8", "leave one out"),
+        ("--method evit --at 3 --op fuse --keep-ration 0.7", "did you mean --keep-ratio or --keep-rate?"),
+        ("--drop_loc -3", "blocks 0 to 11, but got -3"),
+        ("--base_keep_rate 7", "keep_rate is a share of the tokens, above 0 and at most 1, but got 7"),
+        ("--base_keep_rate nan", "keep_rate is a share of the tokens"),
+        ("--method tome --at 3 --remove 8 --option prop_attn", "--option expects NAME=VALUE"),
+        ("--method evit --site 3:fuse:keep=0.7", "sites.0.keep: no such field is known"),
         ("--method evit --site 3:fuse", "BLOCK:OP:AMOUNT=VALUE"),
     ],
 )
@@ -105,6 +113,9 @@ def test_published_lists_the_papers_schedules_and_writes_one(tmp_path: Path, cap
     assert run(["config", "published", "evit", "deit_small_patch16_224", name, "--out", str(tmp_path / "p.json")]) == 0
     assert load_config(tmp_path / "p.json") == load_config(listed[name])
     assert run(["config", "published", "evit", "deit_small_patch16_224", "nope"]) == 2
+    capfd.readouterr()
+    assert run(["config", "published", "evit", "vit_base_patch32_224"]) == 0
+    assert "Nothing of evit was published for models like vit_base_patch32_224" in capfd.readouterr().err
 
 
 def test_validate_names_the_file_that_is_wrong(

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from prunefront.cli.app import app, describe, run
-from prunefront.cli.options import parse_img_size, parse_model_kwargs
+from prunefront.cli.options import parse_img_size, parse_pairs
 from prunefront.cli.output import JobFailedError
 from prunefront.errors import ConfigError, FileWriteError
 
@@ -131,10 +131,10 @@ def test_other_image_sizes_are_refused(text: str) -> None:
 
 
 def test_model_arguments_are_json_where_they_parse_and_text_otherwise() -> None:
-    assert parse_model_kwargs(["depth=4", "qkv_bias=false", "global_pool=avg"]) == {
+    assert parse_pairs(["depth=4", "qkv_bias=false", "global_pool=avg"], "--model-kwarg") == {
         "depth": 4,
         "qkv_bias": False,
         "global_pool": "avg",
     }
-    with pytest.raises(ConfigError, match="NAME=VALUE"):
-        parse_model_kwargs(["depth"])
+    with pytest.raises(ConfigError, match="--option expects NAME=VALUE"):
+        parse_pairs(["depth"], "--option")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prunefront.cli.spellings import read_spelling
+from prunefront.cli.spellings import check_spelling, read_spelling
 from prunefront.errors import ConfigError
 
 
@@ -48,6 +48,10 @@ def test_a_repositorys_options_become_its_hyper_parameters(line: str, method: st
         ("--r 8", "evit", "--r of tome and --method evit"),
         ("--base_rate 0.7", None, "belongs to DynamicViT and SPViT"),
         ("--epochs 30", None, "--epochs is not part of a schedule"),
+        ("--base-kep-rate 0.7", None, "--base-kep-rate is not part of a schedule; did you mean --base_keep_rate?"),
+        ("--keep-ration 0.7", None, "--keep-ration is not part of a schedule; did you mean --keep-ratio?"),
+        ("--r -5", None, "r is how many tokens leave in a block, but got -5"),
+        ("--r_tokens [8,-8,8]", None, "r is how many tokens leave in a block, but got -8"),
         ("--r many", None, "--r expects numbers, but got 'many'"),
         ("--drop_loc x", None, "--drop_loc expects numbers"),
         ("3 6 9", None, "Expected options of a schedule"),
@@ -55,5 +59,7 @@ def test_a_repositorys_options_become_its_hyper_parameters(line: str, method: st
     ],
 )
 def test_options_out_of_place_are_answered_with_a_sentence(line: str, method: str | None, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError) as refused:
+        check_spelling(shlex.split(line), ["--keep-ratio", "--at"])
         read_spelling(shlex.split(line), method)
+    assert sentence in str(refused.value)
