@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,9 +99,9 @@ def run(arguments: Sequence[str]) -> int:
         note("Stopped.")
         return STOPPED
     except typer.TyperException as error:
-        message = error.format_message()
+        message = _usage_sentence(error)
         if message:  # empty when a group without a command has just printed its help
-            print_error(f"{message.rstrip('.')}. See {_help_command(error)}")
+            print_error(f"{message} See {_help_command(error, arguments)}")
         return REFUSED
     except BrokenPipeError:
         # The reader (head, less) has seen enough; a second error at interpreter exit would only be noise.
@@ -136,13 +136,35 @@ def describe(error: Exception) -> tuple[int, str]:
 
         if isinstance(error, ValidationError):
             return REFUSED, describe_validation_error(error)
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     return FAILED, (
-        f"{type(error).__name__}: {text} This is not an error prunefront foresaw; "
+        f"{type(error).__name__}: {text}. This is not an error prunefront foresaw; "
         f"set {DEBUG_VARIABLE}=1 to see where it happened."
     )
 
 
-def _help_command(error: typer.TyperException) -> str:
+def _usage_sentence(error: typer.TyperException) -> str:
+    """typer's sentence, with the value that came where typer leaves it out."""
+    from pydantic import ValidationError
+
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    if message and isinstance(error.__cause__, ValidationError):
+        first = error.__cause__.errors()[0]
+        if first["type"] != "value_error":  # whose own words name it
+            message += f" (got {first['input']!r})"
+    return message if not message or message.endswith("?") else f"{message}."
+
+
+def _help_command(error: typer.TyperException, arguments: Sequence[str]) -> str:
+    """The command whose help explains what was wrong."""
     context = getattr(error, "ctx", None)
-    return f"{context.command_path if context is not None else 'prunefront'} --help"
+    if context is not None:
+        return f"{context.command_path} --help"
+    node: Any = typer.main.get_command(app)
+    path = ["prunefront"]
+    for word in arguments:
+        node = getattr(node, "commands", {}).get(word)
+        if node is None:
+            break
+        path.append(word)
+    return f"{' '.join(path)} --help"

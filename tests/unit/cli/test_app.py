@@ -62,7 +62,12 @@ def test_the_commands_are_those_of_this_version() -> None:
     [
         (["nonsense"], "Error: No such command 'nonsense'. See prunefront --help"),
         (["config", "new"], "Error: Missing option '--model'. See prunefront config new --help"),
-        (["measure", "x.json", "--batch-size", "0"], "See prunefront measure --help"),
+        (["serv"], "Did you mean 'serve', 'search'? See prunefront --help"),
+        (["measure", "x.json", "--batch-size", "0"], "equal to 1 (got '0'). See prunefront measure --help"),
+        (["measure", "x.json", "--batch-size", "many"], "(got 'many'). See prunefront measure --help"),
+        (["measure", "x.json", "--dtype", "fp8"], "for '--dtype': 'fp8' is not one of 'fp32', 'bf16', 'fp16'. See"),
+        (["config", "show", "--json", "c.json", "--out"], "See prunefront config show --help"),
+        (["table", "build", "m", "--batch-size"], "requires an argument. See prunefront table build --help"),
         (["config", "show", "/nowhere/c.json"], "Error: Cannot read config /nowhere/c.json: No such file"),
         (["best", "j", "--min-top1", "0.5", "--min-speedup", "2"], "Error: Give one limit:"),
         (["measure", "deit_small_patch16_224", "--img-size", "big"], "--img-size expects pixels such as 224"),
@@ -108,7 +113,7 @@ def test_an_error_nobody_foresaw_is_one_line_that_says_how_to_see_more(monkeypat
     code, sentence = describe(ZeroDivisionError("division\nby zero"))
 
     assert code == 1
-    assert sentence.startswith("ZeroDivisionError: division by zero ") and "PRUNEFRONT_DEBUG=1" in sentence
+    assert sentence.startswith("ZeroDivisionError: division by zero. ") and "PRUNEFRONT_DEBUG=1" in sentence
 
 
 def test_with_debugging_the_traceback_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
