@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
+import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -81,12 +83,10 @@ class Proposer:
 
     def __init__(self, space: ScheduleSpace, *, sampler: str, seed: int, history: Iterable[Told] = ()) -> None:
         self._space = space
-        self._sampler = SAMPLERS[sampler]
-        self._quasi_random = sampler == "qmc"
+        self._sampler = sampler
         self._seed = seed
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._sampler(seed))
+        self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=make_sampler(sampler, seed))
         for told in history:
             self.add(told)
 
@@ -113,14 +113,12 @@ class Proposer:
         Returns:
             Trial number in the study, and the parameters.
         """
-        self.study.sampler = self._sampler(derived_seed(self._seed, proposal))
+        self.study.sampler = make_sampler(self._sampler, derived_seed(self._seed, proposal))
         low, high = self._space.min_share, self._space.max_share
-        with warnings.catch_warnings():
-            # Multivariate and group options of TPE are marked experimental in Optuna 4.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            chosen = quasi_random(self._space.distributions, self._seed, proposal) if self._quasi_random else {}
-            # Aims are spread evenly over the latency range; the sampler chooses all else.
-            self.study.enqueue_trial({**chosen, "share": low + (high - low) * radical_inverse(proposal + 1)})
+        chosen = quasi_random(self._space.distributions, self._seed, proposal) if self._sampler == "qmc" else {}
+        # Aims are spread evenly over the latency range; the sampler chooses all else.
+        self.study.enqueue_trial({**chosen, "share": low + (high - low) * radical_inverse(proposal + 1)})
+        with _one_thread():
             trial = self.study.ask(self._space.distributions)
         return trial.number, dict(trial.params)
 
@@ -135,6 +133,28 @@ class Proposer:
     def drop(self, trial: int) -> None:
         """Forget a proposal that is known already; pruned trials teach the sampler nothing in this study."""
         self.study.tell(trial, state=TrialState.FAIL)
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """A sampler by its name in a job."""
+    with warnings.catch_warnings():
+        # Optuna 4 marks the Gaussian process and two options of TPE as experimental.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return SAMPLERS[name](seed)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: the Gaussian process has small matrices, over which threads only wait for each other.
+
+    On a machine with other work that makes an ask ten times as long; and sums depend on how they are divided.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def derived_seed(seed: int, proposal: int) -> int:
