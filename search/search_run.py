@@ -7,7 +7,6 @@ where it was. Nothing about a trial is kept only in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from search.checkpoints import find_checkpoint
 from search.documents import Fidelity, SearchJob
 from search.job_run import JobFailure, JobRun
 from search.pareto import build_front, evaluation_of, measurement_of, pareto_front
+from search.promotion import USEFUL_LOSS, Rival, choose_marks, choose_promising, spread
 from search.proposals import Proposer, Told
 from search.seeds import seeds_for, transfer
 from search.space import ScheduleSpace, Variances
@@ -40,7 +40,6 @@ MAX_EMPTY_PROPOSALS = 200  # proposals in a row that are all known: the space is
 MEASURED_FIRST = "screened"  # stages of measurements
 MEASURED_AGAIN = "confirmed"
 MEASURED_FINETUNED = "finetuned"
-MARKS_PER_METHOD = 2  # of a method's published schedules; the others run as candidates
 RECOVERABLE = (0.003, 0.10)  # loss of top-1 off the shelf that fine-tuning is spent on
 
 
@@ -381,7 +380,14 @@ class SearchRun:
         candidates = self._candidates()
         marks = choose_marks(candidates)
         contenders = [c for c in candidates if c.origin in ("published", "sampler") and c not in marks]
-        chosen = choose_promising(contenders, self.job.budget.measure_top, self.job.constraints.max_latency_ms)
+        screened = evaluation_of(candidates[0], "screened")
+        assert screened is not None
+        chosen = choose_promising(
+            contenders,
+            self.job.budget.measure_top,
+            least_top1=screened.top1 - USEFUL_LOSS,
+            max_latency_ms=self.job.constraints.max_latency_ms,
+        )
         return [dense, *marks, *chosen]
 
     def _measure(self, candidates: Sequence[CandidateRecord], stage: str, title: str) -> None:
@@ -423,7 +429,7 @@ class SearchRun:
             if (m := measurement_of(c, self.place.device)) is not None
             and (e := evaluation_of(c, "screened")) is not None
         ]
-        points = [_Point(candidate=c, top1=top1, measured_ms=m.median_ms) for c, top1, m in measured]
+        points = [Rival(candidate=c, top1=top1, measured_ms=m.median_ms) for c, top1, m in measured]
         return [point.candidate for point in pareto_front(points)]
 
     # Fine-tuning ---------------------------------------------------------------------------------------------------
@@ -534,60 +540,3 @@ def store_measurement(
 def _counting(place: int, count: int) -> Callable[[float, float, str], tuple[float, float, str]]:
     """Progress of one task among several."""
     return lambda done, total, message: (place + done / max(total, 1e-9), count, message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Point:
-    """A candidate among rivals."""
-
-    candidate: CandidateRecord
-    top1: float
-    measured_ms: float
-
-
-def choose_promising(
-    candidates: Sequence[CandidateRecord], count: int, max_latency_ms: float | None
-) -> list[CandidateRecord]:
-    """Non-dominated candidates by estimated accuracy and predicted latency, then the next fronts behind them.
-
-    Args:
-        candidates: Screened ones; others are ignored.
-        count: How many.
-        max_latency_ms: Slower ones are left out.
-    """
-    points = []
-    for candidate in candidates:
-        evaluation = evaluation_of(candidate, "screened")
-        if evaluation is None or candidate.predicted_ms is None:
-            continue
-        if max_latency_ms is None or candidate.predicted_ms <= max_latency_ms:
-            points.append(_Point(candidate=candidate, top1=evaluation.top1, measured_ms=candidate.predicted_ms))
-    chosen: list[CandidateRecord] = []
-    while points and len(chosen) < count:
-        front = pareto_front(points)
-        chosen += spread([point.candidate for point in front], count - len(chosen))
-        points = [point for point in points if point not in front]
-    return chosen
-
-
-def choose_marks(candidates: Sequence[CandidateRecord]) -> list[CandidateRecord]:
-    """Marks to measure and test: resolutions, siblings, and of each method its fastest and a middle schedule."""
-    marks = [c for c in candidates if c.origin in ("resolution", "sibling")]
-    by_method: dict[str, list[CandidateRecord]] = {}
-    for candidate in candidates:
-        if candidate.origin == "published":
-            by_method.setdefault(candidate.config["method"], []).append(candidate)
-    for published in by_method.values():
-        # Most reduced first; the middle one stands for what the paper recommends.
-        ordered = sorted(published, key=lambda c: c.macs or 0)
-        marks += spread(ordered[: len(ordered) // 2 + 1], MARKS_PER_METHOD)
-    return marks
-
-
-def spread(candidates: Sequence[CandidateRecord], count: int) -> list[CandidateRecord]:
-    """``count`` of the candidates, evenly over their order, both ends included."""
-    if len(candidates) <= count:
-        return list(candidates)
-    if count == 1:
-        return [candidates[-1]]
-    return [candidates[round(place * (len(candidates) - 1) / (count - 1))] for place in range(count)]

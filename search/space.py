@@ -1,9 +1,9 @@
 """Search space <-> Optuna distributions <-> PruneConfig.
 
 One fixed space per study: per block an operation and a drop weight, and the share of the dense latency to aim at. The
-weights say how the reduction is spread over the blocks, and a low one that a block is left alone; how much is dropped in
-all follows from the share, through the latency table, which costs nothing. So every proposal lands where it was aimed on the latency axis, and the sampler
-learns where tokens may leave.
+weights say how the reduction is spread over the blocks, and a low one that a block is left alone; how much is dropped
+in all follows from the share, through the latency table, which costs nothing. So every proposal lands where it was
+aimed on the latency axis, and the sampler learns where tokens may leave.
 """
 
 from __future__ import annotations

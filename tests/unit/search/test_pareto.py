@@ -1,19 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunefront.config import PruneConfig
 from search.pareto import NoFeasiblePoint, build_front, hypervolume, pareto_front, pick_best
-from store.records import CandidateRecord, EvaluationRecord, JobRecord, JobState, MeasurementRecord, Progress
-from tests.unit.search.spaces import SMALL
+from store.records import CandidateRecord
+from tests.unit.search.records import candidate, evaluation, job_record, measured
 
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 REFERENCE = (0.1, 100.0)
 
 
@@ -51,42 +48,6 @@ def test_the_hypervolume_never_falls_and_only_the_front_counts(given_points: lis
 
 def test_the_hypervolume_of_two_points_is_the_area_of_their_staircase() -> None:
     assert hypervolume([(0.5, 20.0), (0.9, 60.0), (0.05, 1.0)], REFERENCE) == pytest.approx(80 * 0.4 + 40 * 0.4)
-
-
-def job_record() -> JobRecord:
-    return JobRecord(
-        id="job", kind="search", name="job", tags=(), priority=0, spec={"device": "cpu", "batch_size": 4},
-        state=JobState.SUCCEEDED, stage="done", progress=Progress(), waiting_reason=None, failure=None, result=None,
-        cancel_requested=False, pause_requested=False, attempts=1, times_lost=0, fence=1, lease_owner=None,
-        lease_expires_at=None, created_at=NOW, started_at=NOW, finished_at=NOW, updated_at=NOW,
-    )  # fmt: skip
-
-
-def evaluation(top1: float, fidelity: str = "evaluated", split: str = "test") -> EvaluationRecord:
-    return EvaluationRecord(
-        id=1, job_id="job", number=0, fidelity=fidelity, split=split, dataset="digit-scenes", num_images=100, top1=top1,
-        top5=1.0, loss=0.1, ci_low=top1 - 0.01, ci_high=top1 + 0.01, details={}, created_at=NOW,
-    )  # fmt: skip
-
-
-def measured(ms: float, state: str = "ok", *, later: int = 0, dense_ms: float = 100.0) -> MeasurementRecord:
-    return MeasurementRecord(
-        id=1, job_id="job", number=0, stage=f"stage {later}", device="cpu", runtime="eager", dtype="fp32", batch_size=4,
-        median_ms=ms, iqr_ms=1.0, speedup=dense_ms / ms, dense_ms=dense_ms, state=state, details={},
-        created_at=NOW + timedelta(seconds=later),
-    )  # fmt: skip
-
-
-def candidate(
-    number: int, evaluations: Any = (), measurements: Any = (), *, origin: str = "sampler", block: int = 1
-) -> CandidateRecord:
-    sites = [] if origin == "dense" else [{"block": block, "op": "fuse", "tokens": 20 + number}]
-    config = PruneConfig.model_validate({"model": SMALL, "method": "evit", "sites": sites})
-    return CandidateRecord(
-        job_id="job", number=number, config=config.to_dict(), config_hash=config.content_hash(), label=f"c{number}",
-        origin=origin, params={}, predicted_ms=50.0, macs=1000, state="proposed", note=None, created_at=NOW,
-        updated_at=NOW, evaluations=tuple(evaluations), measurements=tuple(measurements),
-    )  # fmt: skip
 
 
 DENSE = candidate(0, [evaluation(0.95)], [measured(100.0)], origin="dense")

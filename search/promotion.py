@@ -1,0 +1,73 @@
+"""Which screened candidates are worth the clock and the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from search.pareto import evaluation_of, pareto_front
+from store import CandidateRecord
+
+MARKS_PER_METHOD = 2  # of a method's published schedules; the others run as candidates
+# Top-1 that a promoted candidate may lose off the shelf while others lose less: the far end of the latency axis is full
+# of schedules that nothing dominates and nobody wants.
+USEFUL_LOSS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A candidate among others."""
+
+    candidate: CandidateRecord
+    top1: float
+    measured_ms: float
+
+
+def choose_promising(
+    candidates: Sequence[CandidateRecord], count: int, *, least_top1: float, max_latency_ms: float | None
+) -> list[CandidateRecord]:
+    """Non-dominated candidates by estimated accuracy and predicted latency, then the next fronts behind them.
+
+    Args:
+        candidates: Screened ones; others are ignored.
+        count: How many.
+        least_top1: Candidates below are taken only when too few reach it.
+        max_latency_ms: Slower ones are left out.
+    """
+    points = []
+    for candidate in candidates:
+        evaluation = evaluation_of(candidate, "screened")
+        if evaluation is None or candidate.predicted_ms is None:
+            continue
+        if max_latency_ms is None or candidate.predicted_ms <= max_latency_ms:
+            points.append(Rival(candidate=candidate, top1=evaluation.top1, measured_ms=candidate.predicted_ms))
+    chosen: list[CandidateRecord] = []
+    for rivals in ([p for p in points if p.top1 >= least_top1], [p for p in points if p.top1 < least_top1]):
+        while rivals and len(chosen) < count:
+            front = pareto_front(rivals)
+            chosen += spread([point.candidate for point in front], count - len(chosen))
+            rivals = [point for point in rivals if point not in front]
+    return chosen
+
+
+def choose_marks(candidates: Sequence[CandidateRecord]) -> list[CandidateRecord]:
+    """Marks to measure and test: resolutions, siblings, and of each method its fastest and a middle schedule."""
+    marks = [c for c in candidates if c.origin in ("resolution", "sibling")]
+    by_method: dict[str, list[CandidateRecord]] = {}
+    for candidate in candidates:
+        if candidate.origin == "published":
+            by_method.setdefault(candidate.config["method"], []).append(candidate)
+    for published in by_method.values():
+        # Most reduced first; the middle one stands for what the paper recommends.
+        ordered = sorted(published, key=lambda c: c.macs or 0)
+        marks += spread(ordered[: len(ordered) // 2 + 1], MARKS_PER_METHOD)
+    return marks
+
+
+def spread(candidates: Sequence[CandidateRecord], count: int) -> list[CandidateRecord]:
+    """``count`` of the candidates, evenly over their order, both ends included."""
+    if len(candidates) <= count:
+        return list(candidates)
+    if count == 1:
+        return [candidates[-1]]
+    return [candidates[round(place * (len(candidates) - 1) / (count - 1))] for place in range(count)]
