@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from store import Store, open_store
@@ -14,6 +15,10 @@ from store.models import Base
 from tests.postgres_server import PostgresServer, PostgresUnavailable
 
 COMPILERS = ("g++", "clang++", "c++")
+
+# Timing is never asserted: a busy machine is no defect.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
