@@ -1,7 +1,8 @@
 """The demo model: a small ViT for the 48-px scenes of ``digit-scenes``, with weights that ship inside the package.
 
 64 patch tokens of width 192 in 6 blocks: on a CPU the tokens, not Python, take most of a forward pass, so that
-pruning them shows. ``examples/train_digit_vit.py`` made the weights; the JSON beside them says how.
+pruning them shows. ``examples/train_digit_vit.py`` made the weights; the JSON beside them says how. The last part of
+their training ran under random EViT schedules, so the model tolerates pruning better than most do off the shelf.
 """
 
 from __future__ import annotations
