@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -47,9 +48,28 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:
         raise FileWriteError(
             error.errno,
             f"Could not write {target}: {error.strerror or error}. Free some space or choose another folder; "
-            "the file that stood there before is unchanged",
+            "the file that stood there before is unchanged.",
         ) from error
     return target
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before long work whether `write_atomic` could write its result to ``path``.
+
+    Raises:
+        FileWriteError: If it could not; nothing is changed.
+    """
+    target = Path(path)
+    folder = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FileWriteError(
+            error.errno, f"{target} cannot be written: {error.strerror or error}. Choose another file or folder."
+        ) from error
 
 
 def write_json_atomic(path: str | os.PathLike[str], document: Any) -> Path:

@@ -72,8 +72,11 @@ def measure(
     Example: prunefront measure best.json --batch-size 8
     """
     from latency_tables.device import describe_device
+    from prunefront.files import require_writable
 
     info = describe_device(device)
+    if out is not None:
+        require_writable(out)
     subjects = with_dense([_subject(text, img_size, num_classes, model_kwarg) for text in what])
     groups: dict[Shape, list[Subject]] = {}
     for subject in subjects:

@@ -87,6 +87,8 @@ def search(
 
     Example: prunefront search digit_vit_patch6_48 --dataset digit-scenes --trials 100 --out front.json
     """
+    from prunefront.files import require_writable
+
     body = _without_none(
         {
             "kind": "search",
@@ -118,6 +120,8 @@ def search(
             "seed": seed,
         }
     )
+    if out is not None:
+        require_writable(out)
     with connect(url, with_controller=not detach, offers_devices=True) as client:
         job = client.submit(body)
         note(f"Submitted job {job['id']}")

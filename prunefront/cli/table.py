@@ -20,6 +20,7 @@ from prunefront.cli.options import (
     model_spec,
 )
 from prunefront.cli.output import note, print_fields, print_json, print_table, progress_bar
+from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:
     from latency_tables.schema import LatencyTable, ValidationReport
@@ -50,8 +51,10 @@ def build(
     """
     from latency_tables.build import build_table
     from latency_tables.schema import save_table
+    from prunefront.files import require_writable
 
     target = out or Path(f"{model}-{device.replace(':', '')}-{runtime}-{dtype}-b{batch_size}.table.json")
+    require_writable(target)
     with progress_bar(f"Table of {model}") as progress:
         table = build_table(
             model_spec(model, img_size, num_classes, model_kwarg),
@@ -160,8 +163,11 @@ def validate(
     """
     from latency_tables.schema import load_table, save_table
     from latency_tables.validate import validate_table
+    from prunefront.files import require_writable
 
     table = load_table(file)
+    if write:
+        require_writable(file)
     with progress_bar("Validating") as progress:
         report = validate_table(table, num_schedules=schedules, seed=seed, progress=progress)
     if write:
@@ -195,6 +201,8 @@ def import_table(
     from latency_tables.csv_import import import_csv
     from latency_tables.schema import DeviceInfo, save_table
 
+    if not device_name.strip():
+        raise ConfigError("--device-name is what tables of the device are found by; give it a name.")
     table = import_csv(
         csv,
         spec=model_spec(model, img_size, num_classes, model_kwarg),

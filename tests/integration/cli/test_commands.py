@@ -180,6 +180,34 @@ def test_a_device_that_is_not_here_is_refused(tiny_config: Path, capfd: pytest.C
     assert len(capfd.readouterr().err.strip().splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (["table", "build", "digit_vit_patch6_48"], "latency_tables.build.build_table"),
+        (["measure", "digit_vit_patch6_48"], "latency_tables.measure.measure_models"),
+        (["search", "digit_vit_patch6_48", "--dataset", "digit-scenes"], "prunefront.cli.search.connect"),
+    ],
+)
+@pytest.mark.parametrize("place", ["", "file/result.json"])
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(
+    arguments: list[str], work: str, place: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(work, lambda *args, **options: pytest.fail("worked for nothing"))
+
+    assert run([*arguments, "--out", str(tmp_path / place)]) == 2
+    shown = capfd.readouterr()
+    assert f"{tmp_path / place} cannot be written: " in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+
+
+def test_a_device_without_a_name_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["table", "import", "t.csv", "--model", "digit_vit_patch6_48", "--runtime", "eager", "--device-name", " "]
+    assert run(line) == 2
+    assert "give it a name" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_table_is_built_shown_used_and_drawn(
     tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
