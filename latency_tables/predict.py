@@ -27,7 +27,7 @@ from latency_tables.parts import (
     kind_name,
 )
 from latency_tables.schema import LatencyTable
-from prunefront.config import PruneConfig
+from prunefront.config import ConfigSource, load_config
 from prunefront.geometry import ModelGeometry, block_key, geometry_for
 from prunefront.registry import get_method
 from prunefront.schedule import TokenSchedule, plan_schedule
@@ -163,12 +163,12 @@ class Predictor:
                 )
 
 
-def predict_latency_ms(table: LatencyTable, config: PruneConfig | TokenSchedule) -> float:
+def predict_latency_ms(table: LatencyTable, config: ConfigSource | TokenSchedule) -> float:
     """Expected latency of a whole model in ms per forward pass of the table's batch size.
 
     Args:
         table: Measured or imported.
-        config: A config, or its schedule where the caller has it already.
+        config: Config, dict, path or open file, or a config's schedule where the caller has it already.
 
     Raises:
         LatencyTableError: If the table is for other blocks, or lacks token counts or operations of the schedule.
@@ -177,11 +177,12 @@ def predict_latency_ms(table: LatencyTable, config: PruneConfig | TokenSchedule)
     return predict(table, config).latency_ms
 
 
-def predict(table: LatencyTable, config: PruneConfig | TokenSchedule) -> Prediction:
+def predict(table: LatencyTable, config: ConfigSource | TokenSchedule) -> Prediction:
     """`predict_latency_ms` with its parts: which block and which half the time goes to."""
     predictor = predictor_of(table)
     if isinstance(config, TokenSchedule):
         return predictor.predict(config)
+    config = load_config(config)
     geometry = geometry_for(config.model)
     require_same_blocks(table, geometry, config.model.name)
     return predictor.predict(plan_schedule(config, geometry))

@@ -168,14 +168,19 @@ def load_table(source: str | os.PathLike[str] | Mapping[str, Any] | IO[str] | IO
         name = os.fspath(source)
         try:
             text: str | bytes = Path(source).read_bytes()
-        except OSError as error:
-            raise LatencyTableError(f"Cannot read latency table {name}: {error.strerror}. Check the path.") from error
+        except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL
+            reason = getattr(error, "strerror", None) or error
+            raise LatencyTableError(f"Cannot read latency table {name}: {reason}. Check the path.") from error
+    elif not hasattr(source, "read"):
+        raise LatencyTableError(
+            f"A latency table is read from a path, a mapping or an open file, but got a {type(source).__name__}."
+        )
     else:
         name = str(getattr(source, "name", "latency table"))
         text = source.read()
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LatencyTableError(
             f"{name} is not JSON ({error}); the file may be cut off or damaged. Copy it again, or rebuild the table."
         ) from error

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from prunefront.config import PruneConfig
+from prunefront.config import ConfigSource, PruneConfig, load_config
 from prunefront.errors import MissingExtraError, PrunefrontError
 from prunefront.files import write_atomic
 
@@ -78,6 +78,9 @@ class Client:
         url: Address of the server, without ``/api/v1``.
         timeout_s: Seconds to wait for any one answer.
         transport: Replaces the network, for tests.
+
+    Raises:
+        ClientError: If ``url`` is none.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class Client:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ClientError(f"Expected the address of a service, such as {DEFAULT_URL}, but got {url!r}.")
         self.url = url.rstrip("/")
         self._http = httpx.Client(base_url=f"{self.url}/api/v1", timeout=timeout_s, transport=transport)
 
@@ -218,9 +223,9 @@ class Client:
         """Store a latency table that was built here."""
         return self._json("POST", "/latency-tables", params={"source": "push"}, json=dict(document))
 
-    def predict(self, table_id: str, config: PruneConfig) -> float:
+    def predict(self, table_id: str, config: ConfigSource) -> float:
         """Latency of a config by a table, in ms per forward pass of the table's batch."""
-        body = {"config": config.model_dump(mode="json")}
+        body = {"config": load_config(config).model_dump(mode="json")}
         return float(self._json("POST", f"/latency-tables/{table_id}/predict", json=body)["predicted_ms"])
 
     def devices(self) -> list[JsonObject]:
@@ -264,9 +269,10 @@ class Client:
         response = self._request(method, path, **options)
         try:
             document = response.json()
-        except ValueError as error:
-            raise ClientError(f"{self.url} did not answer with JSON; is it prunefront's API?") from error
-        assert isinstance(document, dict)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict):
+            raise ClientError(f"{self.url} did not answer with a JSON object; is it prunefront's API?")
         return document
 
     def _pages(self, path: str, params: Mapping[str, str | None]) -> Iterator[JsonObject]:

@@ -89,11 +89,11 @@ def dataset_entries() -> dict[str, DatasetEntry]:
         text = settings.read_text(encoding="utf-8")
         document = json.loads(text) if settings.suffix == ".json" else yaml.safe_load(text)
         entries = TypeAdapter(dict[str, DatasetEntry]).validate_python(document or {})
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         if isinstance(error, ValidationError):
             reason = describe_validation_error(error)
         else:
-            reason = str(error)
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DatasetError(
             f"{SETTINGS_VARIABLE} must name a YAML or JSON file of dataset entries, but {settings} is not one "
             f"({reason}). Correct the file or unset the variable."

@@ -93,3 +93,16 @@ def test_answer_of_another_service_is_recognised() -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>hello</html>"))
     with Client(transport=transport) as client, pytest.raises(ClientError, match="is it prunefront"):
         client.devices()
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "127.0.0.1:8000", "ftp://127.0.0.1"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(ClientError, match="Expected the address of a service, such as http://"):
+        Client(url)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "hello"])
+def test_an_answer_of_another_program_is_told_from_ours(text: str) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=text))
+    with Client(transport=transport) as client, pytest.raises(ClientError, match="is it prunefront's API"):
+        client.devices()

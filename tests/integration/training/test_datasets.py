@@ -216,6 +216,7 @@ def test_a_settings_entry_with_the_wrong_number_of_classes_is_refused(tmp_path, 
         ("grey: {paht: x}", "grey.paht: no such field is known"),
         ("- grey", "an object with named fields"),
         ("grey: [", "is not one"),
+        ("[" * 100_000, "is not one"),
     ],
 )
 def test_a_settings_file_that_cannot_be_right_is_refused(tmp_path, monkeypatch, text, message):

@@ -37,6 +37,11 @@ def test_the_dense_model_is_the_sum_of_its_parts() -> None:
     assert predict_latency_ms(TABLE, DENSE) == pytest.approx(5.0 + 3 * 17 * (2.0 + 3.0) + 1.0)
 
 
+def test_a_config_may_come_as_a_document() -> None:
+    config = config_of("evit", {"block": 1, "op": "fuse", "tokens": 4})
+    assert predict_latency_ms(TABLE, config.to_dict()) == predict_latency_ms(TABLE, config)
+
+
 def test_a_schedule_is_looked_up_at_its_exact_tokens() -> None:
     config = config_of("evit", {"block": 1, "op": "prune", "tokens": 8})
     # 17 -> 17, 17 -> 9 with 4 ms for the reduction, 9 -> 9; the head was measured at 17 tokens alone.

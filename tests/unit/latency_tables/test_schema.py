@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,18 @@ def test_a_cut_off_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(LatencyTableError, match="Cannot read .*nowhere.json"):
         load_table(tmp_path / "nowhere.json")
+
+
+def test_a_file_of_brackets_alone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(LatencyTableError, match="deep.json is not JSON .*Copy it again"):
+        load_table(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("source", ["/", "a\0b", None, 5, [1]])
+def test_what_no_table_can_be_read_from_is_refused(source: Any) -> None:
+    with pytest.raises(LatencyTableError, match="Cannot read latency table|A latency table is read from a path"):
+        load_table(source)
 
 
 def test_an_infinite_latency_is_refused() -> None:
