@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunefront.compress import CompressedVisionTransformer, compress
 from prunefront.config import ModelSpec, PruneConfig
-from prunefront.errors import CheckpointError, ConfigError
+from prunefront.errors import CheckpointError, ConfigError, PrunefrontError
 from prunefront.geometry import build_timm_model
 from prunefront.methods.base import Aux, SiteRecord, with_prefix
 from prunefront.published_schedules import EVIT_LOCATIONS, PPT_LOCATIONS, PPT_THRESHOLD, diffrate_sites
@@ -65,16 +65,29 @@ def from_official(
         raise CheckpointError(
             f"The weights do not fit the architecture given: {' '.join(str(error).split())[:400]}"
         ) from error
-    sites, options = _SITES[method](hparams, int(model["depth"]))
+    sites, options = official_sites(method, hparams, int(model["depth"]))
     config = PruneConfig.model_validate({"model": spec, "method": method, "sites": sites, "options": options})
     return compress(dense, config).eval()
 
 
 def official_sites(method: str, hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Sites and options for a repository's hyper-parameters (see `from_official`)."""
+    """Sites and options for a repository's hyper-parameters (see `from_official`).
+
+    Raises:
+        ConfigError: If one is unknown, missing or cannot be right.
+    """
     if method not in _SITES:
         raise ConfigError(f"Method {method!r} has no repository of its own; official ones are {', '.join(_SITES)}.")
-    return _SITES[method](hparams, depth)
+    try:
+        return _SITES[method](hparams, depth)
+    except KeyError as error:
+        raise ConfigError(f"The hyper-parameters of {method} lack {error}. Add it.") from error
+    except (TypeError, ValueError) as error:
+        if isinstance(error, PrunefrontError):
+            raise
+        raise ConfigError(
+            f"The hyper-parameters of {method} cannot be used: {error}. Correct {dict(hparams)}."
+        ) from error
 
 
 def replay(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -134,6 +147,10 @@ def parse_r(r: int | Sequence[float], depth: int, *, is_pair: bool = False) -> l
 
 def _model_spec(model: Mapping[str, Any], state: Mapping[str, Tensor]) -> ModelSpec:
     """timm's arguments for an architecture; what the weights show beats a missing entry."""
+    needed = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    missing = [name for name in needed if name not in model]
+    if missing:
+        raise ConfigError(f"The architecture lacks {', '.join(missing)}. Add what the checkpoint was trained with.")
     distilled = bool(model.get("distilled", "dist_token" in state))
     kwargs: dict[str, Any] = {
         "patch_size": model["patch_size"],
@@ -173,13 +190,13 @@ def _evit_sites(hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, 
         {"keep_rate", "drop_loc", "fuse_token", "runtime_keep_rate", "runtime_tokens", "base_keep_rate"},
     )
     stored = hparams.get("keep_rate", hparams.get("base_keep_rate", 1.0))
+    for rate in stored if isinstance(stored, list | tuple) else (stored,):
+        if not 0 < rate <= 1:
+            raise ConfigError(f"keep_rate is a share of the tokens, above 0 and at most 1, but got {rate}.")
     if not isinstance(stored, list | tuple):
         locations = hparams.get("drop_loc", EVIT_LOCATIONS)
         stored = [stored if block in locations else 1.0 for block in range(depth)]
     stored = _per_block(stored, depth, "keep_rate")
-    wrong = [rate for rate in stored if not 0 < rate <= 1]
-    if wrong:
-        raise ConfigError(f"keep_rate is a share of the tokens, above 0 and at most 1, but got {wrong[0]}.")
     override = _per_block(hparams.get("runtime_keep_rate"), depth, "runtime_keep_rate")
     tokens = _per_block(hparams.get("runtime_tokens"), depth, "runtime_tokens")
     op = "fuse" if hparams.get("fuse_token") else "prune"
