@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -104,15 +105,22 @@ def run(arguments: Sequence[str]) -> int:
             print_error(f"{message} See {_help_command(error, arguments)}")
         return REFUSED
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; a second error at interpreter exit would only be noise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader (head, less) has seen enough
         return FAILED
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         code, sentence = describe(error)
         print_error(sentence)
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()
         return code
+
+
+def _drop_output() -> None:
+    """What could not be printed would be tried again at interpreter exit, and fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe(error: Exception) -> tuple[int, str]:
@@ -136,6 +144,9 @@ def describe(error: Exception) -> tuple[int, str]:
 
         if isinstance(error, ValidationError):
             return REFUSED, describe_validation_error(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = f"Could not use {error.filename}" if error.filename is not None else "Could not write the output"
+        return FAILED, f"{place}: {error.strerror}. Check the free space and the rights of this user."
     text = " ".join(str(error).split()).rstrip(".")
     return FAILED, (
         f"{type(error).__name__}: {text}. This is not an error prunefront foresaw; "

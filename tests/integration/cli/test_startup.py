@@ -31,6 +31,33 @@ def test_the_command_is_a_module_too() -> None:
     assert python("-m", "prunefront", "--version").strip() != ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is always full")
+@pytest.mark.parametrize("arguments", [["methods"], ["methods", "--json"], ["--help"]])
+def test_a_full_disk_behind_the_output_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        finished = subprocess.run(
+            [sys.executable, "-m", "prunefront", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+
+    assert finished.returncode == 1
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("Error: Could not write the output: No space left on device.")
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+    command = [sys.executable, "-m", "prunefront", "models"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        complaints = process.stderr.read()
+
+    assert b"Error" not in complaints and b"Traceback" not in complaints
+
+
 def test_without_typer_the_command_says_what_to_install() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['typer'] = None; import prunefront.cli as c; c.main()"],

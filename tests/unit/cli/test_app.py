@@ -116,6 +116,20 @@ def test_an_error_nobody_foresaw_is_one_line_that_says_how_to_see_more(monkeypat
     assert sentence.startswith("ZeroDivisionError: division by zero. ") and "PRUNEFRONT_DEBUG=1" in sentence
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(28, "No space left on device"), "Could not write the output: No space left on device. Check"),
+        (PermissionError(13, "Permission denied", "/srv/x"), "Could not use /srv/x: Permission denied. Check"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_its_words(error: OSError, sentence: str) -> None:
+    code, told = describe(error)
+
+    assert code == 1
+    assert told.startswith(sentence)
+
+
 def test_with_debugging_the_traceback_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNEFRONT_DEBUG", "1")
     with pytest.raises(ConfigError):
