@@ -185,32 +185,3 @@ def radical_inverse(number: int) -> float:
         number >>= 1
         digit /= 2
     return result
-
-
-def to_study(
-    trials: Iterable[tuple[Mapping[str, Any], tuple[float, float], Mapping[str, Any]]],
-    space: ScheduleSpace,
-    *,
-    name: str,
-    storage: str,
-) -> optuna.Study:
-    """Write evaluated candidates as a standard Optuna study, for any Optuna tool.
-
-    Args:
-        trials: Parameters, values (top-1, predicted ms) and user attributes.
-        space: Gives the distributions.
-        name: Of the study.
-        storage: Any Optuna storage URL.
-    """
-    study = optuna.create_study(study_name=name, storage=storage, directions=["maximize", "minimize"])
-    for params, values, attributes in trials:
-        known = {key: value for key, value in params.items() if key in space.distributions}
-        study.add_trial(
-            create_trial(
-                params=known,
-                distributions={key: space.distributions[key] for key in known},
-                values=list(values),
-                user_attrs=dict(attributes),
-            )
-        )
-    return study

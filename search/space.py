@@ -77,7 +77,7 @@ class ScheduleSpace:
         self.geometry = geometry
         self.methods = space.methods
         self.min_keep_ratio = space.min_keep_ratio
-        self.blocks = range(geometry.depth) if space.locations == "any" else sorted(set(space.locations))
+        self.blocks = blocks_of(space, geometry)
         self.latency_ms = latency_ms
         self._variances = variances
         self.dense_ms = latency_ms(plan_schedule(PruneConfig(model=spec, method="hybrid"), geometry))
@@ -85,23 +85,10 @@ class ScheduleSpace:
         # The least share any method reaches with everything dropped that may be; below it aims are all the same.
         self.min_share = min(self._least_ms(method) for method in self.methods) / self.dense_ms
         self.max_share = max(highest, self.min_share)
-        self.distributions = self._distributions()
-
-    def _distributions(self) -> dict[str, BaseDistribution]:
-        distributions: dict[str, BaseDistribution] = {
-            "share": FloatDistribution(min(self.min_share, 1.0), max(self.max_share, self.min_share)),
-            "method": CategoricalDistribution(self.methods),
-        }
-        if "ppt" in self.methods:
-            distributions["ppt_quantile"] = FloatDistribution(0.0, 1.0)
-        if "hybrid" in self.methods:
-            distributions["hybrid_score"] = CategoricalDistribution(("cls", "cls_value"))
-        if {"hybrid", "tome", "ppt"} & set(self.methods):
-            distributions["prop_attn"] = CategoricalDistribution((True, False))
-        for block in self.blocks:
-            distributions[f"op_{block}"] = CategoricalDistribution(OPERATIONS)
-            distributions[f"drop_{block}"] = FloatDistribution(0.0, 1.0)
-        return distributions
+        self.distributions = distributions_of(
+            space, geometry, least_share=min(self.min_share, 1.0), greatest_share=max(self.max_share, self.min_share)
+        )
+        self._allowed = space
 
     def config(self, params: Mapping[str, Any]) -> PruneConfig:
         """The config of a point of the space: weights scaled until the predicted latency meets the share."""
@@ -120,39 +107,10 @@ class ScheduleSpace:
         return PruneConfig.model_validate({"model": self.spec, "method": method, "sites": sites, "options": options})
 
     def params_of(self, config: PruneConfig) -> Params:
-        """The point of the space nearest to a config, for telling the sampler about schedules from elsewhere.
-
-        What the space cannot say (two operations in a block, sites outside the allowed blocks) is approximated.
-        """
-        schedule = plan_schedule(config, self.geometry)
-        general = {own: name for name, own in reversed(METHOD_OPERATIONS[config.method].items())}
-        share = self.latency_ms(schedule) / self.dense_ms
-        params: Params = {
-            "share": min(max(share, self.min_share), self.max_share),
-            "method": config.method if config.method in self.methods else self.methods[0],
-        }
-        if "ppt_quantile" in self.distributions:
-            params["ppt_quantile"] = self._quantile(config)
-        if "hybrid_score" in self.distributions:
-            params["hybrid_score"] = config.options.get("score", "cls")
-        if "prop_attn" in self.distributions:
-            params["prop_attn"] = config.options.get("prop_attn", True)
-        prefix = self.geometry.num_prefix_tokens
-        most = 1 - self.min_keep_ratio
-        for block in self.blocks:
-            plan = schedule.blocks[block]
-            removed = 1 - (plan.tokens_out - prefix) / max(plan.tokens_in - prefix, 1)
-            params[f"op_{block}"] = general[plan.steps[0].op] if plan.steps else OPERATIONS[0]
-            reduces = bool(plan.steps) and removed > 0 and most > 0
-            params[f"drop_{block}"] = _weight_of(min(removed / most, 1.0)) if reduces else LEFT_ALONE / 2
-        return params
-
-    def _quantile(self, config: PruneConfig) -> float:
-        threshold = config.options.get("threshold")
-        if config.method != "ppt" or threshold is None or self._variances is None:
-            return 1.0 if config.method == "ppt" and threshold is None else 0.5
-        rows = [self._variances.by_block[s.block] for s in config.sites if s.block in self._variances.by_block]
-        return sum(bisect_left(row, threshold) / len(row) for row in rows) / len(rows) if rows else 0.5
+        """The point of the space nearest to a config, for telling the sampler about schedules from elsewhere."""
+        share = self.latency_ms(plan_schedule(config, self.geometry)) / self.dense_ms
+        share = min(max(share, self.min_share), self.max_share)
+        return nearest_params(config, self._allowed, self.geometry, share=share, variances=self._variances)
 
     def _options(self, params: Mapping[str, Any]) -> dict[str, Any]:
         method = params["method"]
@@ -199,6 +157,88 @@ class ScheduleSpace:
         for block in self.blocks:
             params |= {f"op_{block}": "drop", f"drop_{block}": 1.0}
         return self._scaled_ms(params, self._options(params), 1.0)
+
+
+def blocks_of(space: SearchSpace, geometry: ModelGeometry) -> Sequence[int]:
+    """Blocks that may reduce."""
+    return range(geometry.depth) if space.locations == "any" else sorted(set(space.locations))
+
+
+def distributions_of(
+    space: SearchSpace, geometry: ModelGeometry, *, least_share: float, greatest_share: float
+) -> dict[str, BaseDistribution]:
+    """Every parameter of a study with its range.
+
+    Args:
+        space: What the job allows.
+        geometry: Of the model.
+        least_share: Fastest share of the dense latency that is aimed at.
+        greatest_share: Slowest share.
+    """
+    distributions: dict[str, BaseDistribution] = {
+        "share": FloatDistribution(least_share, greatest_share),
+        "method": CategoricalDistribution(space.methods),
+    }
+    if "ppt" in space.methods:
+        distributions["ppt_quantile"] = FloatDistribution(0.0, 1.0)
+    if "hybrid" in space.methods:
+        distributions["hybrid_score"] = CategoricalDistribution(("cls", "cls_value"))
+    if {"hybrid", "tome", "ppt"} & set(space.methods):
+        distributions["prop_attn"] = CategoricalDistribution((True, False))
+    for block in blocks_of(space, geometry):
+        distributions[f"op_{block}"] = CategoricalDistribution(OPERATIONS)
+        distributions[f"drop_{block}"] = FloatDistribution(0.0, 1.0)
+    return distributions
+
+
+def nearest_params(
+    config: PruneConfig,
+    space: SearchSpace,
+    geometry: ModelGeometry,
+    *,
+    share: float,
+    variances: Variances | None = None,
+) -> Params:
+    """The point of the space nearest to a config.
+
+    What the space cannot say (two operations in a block, sites outside the allowed blocks) is approximated.
+
+    Args:
+        config: A schedule from elsewhere.
+        space: What the job allows.
+        geometry: Of the model.
+        share: Of the dense latency that the config takes.
+        variances: Tell which quantile a threshold of PPT is; without them it counts as the median.
+    """
+    schedule = plan_schedule(config, geometry)
+    general = {own: name for name, own in reversed(METHOD_OPERATIONS[config.method].items())}
+    params: Params = {
+        "share": share,
+        "method": config.method if config.method in space.methods else space.methods[0],
+    }
+    if "ppt" in space.methods:
+        params["ppt_quantile"] = _quantile_of(config, variances)
+    if "hybrid" in space.methods:
+        params["hybrid_score"] = config.options.get("score", "cls")
+    if {"hybrid", "tome", "ppt"} & set(space.methods):
+        params["prop_attn"] = config.options.get("prop_attn", True)
+    prefix = geometry.num_prefix_tokens
+    most = 1 - space.min_keep_ratio
+    for block in blocks_of(space, geometry):
+        plan = schedule.blocks[block]
+        removed = 1 - (plan.tokens_out - prefix) / max(plan.tokens_in - prefix, 1)
+        params[f"op_{block}"] = general[plan.steps[0].op] if plan.steps else OPERATIONS[0]
+        reduces = bool(plan.steps) and removed > 0 and most > 0
+        params[f"drop_{block}"] = _weight_of(min(removed / most, 1.0)) if reduces else LEFT_ALONE / 2
+    return params
+
+
+def _quantile_of(config: PruneConfig, variances: Variances | None) -> float:
+    threshold = config.options.get("threshold")
+    if config.method != "ppt" or threshold is None or variances is None:
+        return 1.0 if config.method == "ppt" and threshold is None else 0.5
+    rows = [variances.by_block[s.block] for s in config.sites if s.block in variances.by_block]
+    return sum(bisect_left(row, threshold) / len(row) for row in rows) / len(rows) if rows else 0.5
 
 
 def _strength(weight: float) -> float:

@@ -10,6 +10,7 @@ import typer
 from prunefront.cli.connection import connect
 from prunefront.cli.options import AsJson, Url
 from prunefront.cli.output import JobFailedError, note, print_fields, print_json, print_table, progress_bar
+from prunefront.cli.serve import DatabaseUrl, read_settings
 
 app = typer.Typer(help="List, look at and steer jobs.", no_args_is_help=True)
 
@@ -119,6 +120,29 @@ def delete(job_id: JobId, url: Url = None) -> None:
     with connect(url) as client:
         client.delete(job_id)
     note(f"Deleted {job_id}")
+
+
+@app.command("export-study")
+def export_study(
+    job_id: JobId,
+    storage: Annotated[str, typer.Option(metavar="URL", help="Optuna storage to write to, e.g. sqlite:///study.db.")],
+    name: Annotated[str | None, typer.Option(help="Name of the study; the job's id when left out.")] = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Write a search as a standard Optuna study, for Optuna's plots, importances and dashboard.
+
+    Reads the database itself: the parameters that the sampler chose are no part of the HTTP API.
+
+    Example: prunefront jobs export-study 3f0c... --storage sqlite:///study.db
+    """
+    from search.export import export_study
+    from store import open_store
+
+    with open_store(read_settings(database_url=database_url).database_url) as store:
+        job, candidates = store.get_job(job_id), store.list_candidates(job_id)
+    with progress_bar("Writing the study") as progress:
+        count = export_study(job, candidates, storage=storage, name=name or job_id, progress=progress)
+    note(f"Wrote {count} trials as study {name or job_id}")
 
 
 def wait_for(client: Any, job_id: str) -> dict[str, Any]:
