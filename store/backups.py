@@ -55,7 +55,8 @@ def backup(url: str, path: str | os.PathLike[str]) -> Path:
             f"Expected to write the copy {target_path}, got: {e.strerror or e}. Check the folder and its free space."
         ) from e
     finally:
-        partial_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where no copy could be begun, there is none to remove
+            partial_path.unlink()
     logger.info("Copied the database", extra={"action": "backup", "path": str(target_path)})
     return target_path
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 the request cannot be carried out, 130 stopped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
         from prunefront.cli.app import run
     except ModuleNotFoundError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -105,21 +104,22 @@ def run(arguments: Sequence[str]) -> int:
             print_error(f"{message} See {_help_command(error, arguments)}")
         return REFUSED
     except BrokenPipeError:
-        _drop_output()  # the reader (head, less) has seen enough
+        _finish_output()  # the reader (head, less) has seen enough
         return FAILED
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         code, sentence = describe(error)
         print_error(sentence)
-        if isinstance(error, OSError) and error.filename is None:
-            _drop_output()
+        _finish_output()
         return code
 
 
-def _drop_output() -> None:
-    """What could not be printed would be tried again at interpreter exit, and fail again."""
-    with contextlib.suppress(OSError, ValueError):
+def _finish_output() -> None:
+    """Print what is left; where that fails, it would be tried again at interpreter exit, and fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -103,30 +103,12 @@ def measure(
         "batch_size": batch_size,
         "measurements": rows,
     }
-    if out is not None:
-        write_result(out, json.dumps(document, indent=1) + "\n")
     if as_json:
         print_json(document)
-        return
-    print_table(
-        ["what", "median ms", "IQR ms", "speed-up", "images/s", "MiB", "state"],
-        [
-            (
-                row["label"],
-                f"{row['median_ms']:.3f}",
-                f"{row['iqr_ms']:.3f}",
-                f"{row['speedup']:.2f} ×",
-                f"{row['images_per_s']:.0f}",
-                None if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
-                row["state"],
-            )
-            for row in rows
-        ],
-        title=f"{info.name}, {runtime}, {dtype}, batch {batch_size}",
-    )
-    for row in rows:
-        if row["reason"]:
-            note(f"{row['label']} is noisy: {row['reason']}")
+    else:
+        _print_rows(rows, f"{info.name}, {runtime}, {dtype}, batch {batch_size}")
+    if out is not None:  # last: what was measured is on the screen even if the disk is full
+        write_result(out, json.dumps(document, indent=1) + "\n")
 
 
 def with_dense(subjects: list[Subject]) -> list[Subject]:
@@ -164,6 +146,28 @@ def describe(
         "images_per_s": 1e3 * batch_size / measurement.median_ms,
         **figures,
     }
+
+
+def _print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    print_table(
+        ["what", "median ms", "IQR ms", "speed-up", "images/s", "MiB", "state"],
+        [
+            (
+                row["label"],
+                f"{row['median_ms']:.3f}",
+                f"{row['iqr_ms']:.3f}",
+                f"{row['speedup']:.2f} ×",
+                f"{row['images_per_s']:.0f}",
+                None if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
+                row["state"],
+            )
+            for row in rows
+        ],
+        title=title,
+    )
+    for row in rows:
+        if row["reason"]:
+            note(f"{row['label']} is noisy: {row['reason']}")
 
 
 def _has_model_of(subject: Subject, other: Subject) -> bool:

@@ -86,7 +86,7 @@ def write_result(path: Path, text: str) -> None:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[ProgressCallback]:
-    """Show a bar with the remaining time on stderr while the block runs.
+    """Show a bar with the remaining time on stderr while the block runs; nothing where stderr is no terminal.
 
     Yields:
         A callback ``progress(done, total, message)``; a total of 0 or less shows activity without an end.
@@ -100,7 +100,8 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[message]}", markup=False),
     )
-    with Progress(*columns, console=stderr(), transient=True) as bar:
+    console = stderr()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, message="")
 
         def report(done: float, total: float, message: str) -> None:

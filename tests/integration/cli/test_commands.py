@@ -11,6 +11,7 @@ import pytest
 
 from prunefront.cli.app import run
 from prunefront.config import load_config
+from prunefront.errors import FileWriteError
 
 TINY = [
     "--img-size", "32", "--num-classes", "10", "--model-kwarg", "patch_size=8", "--model-kwarg", "embed_dim=48",
@@ -172,6 +173,20 @@ def test_measure_writes_what_it_prints(tmp_path: Path, tiny_config: Path, capfd:
     dense, pruned = document["measurements"]
     assert (dense["label"], pruned["reference"]) == ("vit_tiny_patch16_224 (dense)", "vit_tiny_patch16_224 (dense)")
     assert pruned["speedup"] == pytest.approx(dense["median_ms"] / pruned["median_ms"])
+
+
+def test_what_was_measured_is_shown_although_the_disk_is_full(
+    tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise FileWriteError(28, f"Could not write {path}: No space left on device.")
+
+    monkeypatch.setattr("prunefront.files.write_atomic", full)
+    capfd.readouterr()
+    assert run(["measure", str(tiny_config), "--batch-size", "2", "--out", str(tmp_path / "m.json"), "--json"]) == 2
+    shown = capfd.readouterr()
+    assert len(json.loads(shown.out)["measurements"]) == 2
+    assert "No space left on device." in shown.err
 
 
 def test_a_device_that_is_not_here_is_refused(tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:

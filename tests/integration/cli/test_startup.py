@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
         complaints = process.stderr.read()
 
     assert b"Error" not in complaints and b"Traceback" not in complaints
+
+
+def test_a_closed_output_ends_nothing() -> None:
+    command = f"{shlex.quote(sys.executable)} -m prunefront methods >&-"
+    finished = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
+
+    assert (finished.returncode, finished.stderr) == (0, "")
 
 
 def test_without_typer_the_command_says_what_to_install() -> None:

@@ -229,6 +229,8 @@ def test_a_backup_that_cannot_be_written_keeps_the_last_one(
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileWriteError, match="Expected to write the copy"):
         backup(new_sqlite_url, tmp_path / "folder")
+    with pytest.raises(FileWriteError, match="Expected to write the copy"):
+        backup(new_sqlite_url, "/dev/null/copy.db")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "new"]
 
 

@@ -61,7 +61,9 @@ def test_json_is_the_only_thing_on_stdout_and_refuses_nan(capsys: pytest.Capture
         progress(1, 0, "no end in sight")
     print_json({"µ": 1})
 
-    assert json.loads(capsys.readouterr().out) == {"µ": 1}
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"µ": 1}
+    assert shown.err == "", "nobody watches a bar in a log"
     with pytest.raises(ValueError, match="not JSON compliant"):
         print_json(float("nan"))
 
