@@ -12,6 +12,14 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
+        sys.exit(_run())
+    except KeyboardInterrupt:  # before the command took over
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> int:
+    try:
         from prunefront.cli.app import run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich"):
@@ -21,5 +29,5 @@ def main() -> None:
             "pip install 'prunefront[app]'.",
             file=sys.stderr,
         )
-        sys.exit(2)
-    sys.exit(run(sys.argv[1:]))
+        return 2
+    return run(sys.argv[1:])

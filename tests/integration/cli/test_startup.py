@@ -66,6 +66,17 @@ def test_a_closed_output_ends_nothing() -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+def test_ctrl_c_before_the_command_runs_is_one_word() -> None:
+    program = (
+        "import sys, types; app = sys.modules['prunefront.cli.app'] = types.ModuleType('app')\n"
+        "def run(arguments): raise KeyboardInterrupt\n"
+        "app.run = run; import prunefront.cli; prunefront.cli.main()"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+    assert (finished.returncode, finished.stderr) == (130, "Stopped.\n")
+
+
 def test_without_typer_the_command_says_what_to_install() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['typer'] = None; import prunefront.cli as c; c.main()"],
