@@ -140,8 +140,12 @@ class SearchRun:
             self._add(seed.config, label=seed.label, origin=seed.origin, params={}, table=table)
             self.run.checkpoint()
         for job_id in self.job.warm_start_from:
-            earlier = build_front(self.store.get_job(job_id), self.store.list_candidates(job_id))
-            for point in earlier.points:
+            job, candidates = self.store.get_job(job_id), self.store.list_candidates(job_id)
+            # Few candidates are fine-tuned, so their front alone would hand over little of what the search found.
+            evaluated, finetuned = (build_front(job, candidates, level).points for level in ("evaluated", "finetuned"))
+            known = {point.trial for point in evaluated}
+            recovered = [p for p in finetuned if p.trial not in known and p.origin == "sampler"]
+            for point in (*evaluated, *recovered):
                 if point.origin not in ("sampler", "published") or point.config.method not in self.job.space.methods:
                     continue
                 config = point.config.evolve(results=None, weights=None)

@@ -45,7 +45,8 @@ def run_table(payload: JsonDict, context: TaskContext) -> JsonDict:
         runtime=task.runtime,
         dtype=task.dtype,
         batch_size=task.batch_size,
-        settings=quick_settings() if task.detail == "quick" else None,
+        # Compiled tables take few points anyway, since each costs a compilation.
+        settings=quick_settings() if task.detail == "quick" and task.runtime != "compile" else None,
         partial_path=task.partial_path,
         progress=_part(context, 0.0, share),
         should_stop=context.should_stop,

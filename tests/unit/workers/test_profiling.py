@@ -39,5 +39,10 @@ def test_a_quick_table_takes_fewer_token_counts_reductions_and_whole_models(monk
     assert quick.num_whole_models < full.num_whole_models
 
 
+def test_a_quick_compiled_table_is_the_full_one_which_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, full = (settings_of(monkeypatch, runtime="compile", detail=detail) for detail in ("quick", "full"))
+    assert quick == full
+
+
 def test_a_table_is_a_full_one_unless_somebody_asks_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings_of(monkeypatch) == settings_of(monkeypatch, detail="full")
