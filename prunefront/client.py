@@ -15,6 +15,7 @@ sentence of the server's problem document.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -120,7 +121,7 @@ class Client:
 
     def job(self, job_id: str) -> JsonObject:
         """One job with its progress."""
-        return self._json("GET", f"/jobs/{job_id}")
+        return self._json("GET", f"/jobs/{_id(job_id)}")
 
     def jobs(self, *, state: str | None = None, kind: str | None = None) -> Iterator[JsonObject]:
         """All jobs, newest first."""
@@ -128,11 +129,11 @@ class Client:
 
     def act(self, job_id: str, verb: Literal["cancel", "pause", "resume", "retry", "clone"]) -> JsonObject:
         """Steer a job; ``clone`` returns the new one."""
-        return self._json("POST", f"/jobs/{job_id}/{verb}")
+        return self._json("POST", f"/jobs/{_id(job_id)}/{verb}")
 
     def delete(self, job_id: str) -> None:
         """Delete a finished job with its results and files."""
-        self._request("DELETE", f"/jobs/{job_id}")
+        self._request("DELETE", f"/jobs/{_id(job_id)}")
 
     def wait(
         self,
@@ -175,7 +176,7 @@ class Client:
 
     def front(self, job_id: str, *, fidelity: Fidelity | None = None, device: str | None = None) -> JsonObject:
         """The front document (``prunefront/front/1``)."""
-        return self._json("GET", f"/jobs/{job_id}/front", params=_given(fidelity=fidelity, device=device))
+        return self._json("GET", f"/jobs/{_id(job_id)}/front", params=_given(fidelity=fidelity, device=device))
 
     def best(
         self,
@@ -195,19 +196,19 @@ class Client:
         limits = _given(
             max_latency_ms=max_latency_ms, min_top1=min_top1, min_speedup=min_speedup, fidelity=fidelity, device=device
         )
-        return PruneConfig.model_validate(self._json("GET", f"/jobs/{job_id}/best", params=limits))
+        return PruneConfig.model_validate(self._json("GET", f"/jobs/{_id(job_id)}/best", params=limits))
 
     def trials(self, job_id: str) -> Iterator[JsonObject]:
         """All candidates of a job with every number and its origin."""
-        return self._pages(f"/jobs/{job_id}/trials", {})
+        return self._pages(f"/jobs/{_id(job_id)}/trials", {})
 
     def config(self, job_id: str, trial: int) -> PruneConfig:
         """The config of one candidate."""
-        return PruneConfig.model_validate(self._json("GET", f"/jobs/{job_id}/trials/{trial}/config"))
+        return PruneConfig.model_validate(self._json("GET", f"/jobs/{_id(job_id)}/trials/{trial}/config"))
 
     def download_checkpoint(self, job_id: str, trial: int, path: str | Path) -> Path:
         """Save the fine-tuned weights of a candidate (safetensors); all or nothing."""
-        return write_atomic(path, self._request("GET", f"/jobs/{job_id}/trials/{trial}/checkpoint").content)
+        return write_atomic(path, self._request("GET", f"/jobs/{_id(job_id)}/trials/{trial}/checkpoint").content)
 
     # Tables and names ----------------------------------------------------------------------------------------------
 
@@ -217,7 +218,7 @@ class Client:
 
     def table(self, table_id: str) -> JsonObject:
         """One latency table; its document is under ``document``."""
-        return self._json("GET", f"/latency-tables/{table_id}")
+        return self._json("GET", f"/latency-tables/{_id(table_id)}")
 
     def push_table(self, document: Mapping[str, Any]) -> JsonObject:
         """Store a latency table that was built here."""
@@ -226,7 +227,7 @@ class Client:
     def predict(self, table_id: str, config: ConfigSource) -> float:
         """Latency of a config by a table, in ms per forward pass of the table's batch."""
         body = {"config": load_config(config).model_dump(mode="json")}
-        return float(self._json("POST", f"/latency-tables/{table_id}/predict", json=body)["predicted_ms"])
+        return float(self._json("POST", f"/latency-tables/{_id(table_id)}/predict", json=body)["predicted_ms"])
 
     def devices(self) -> list[JsonObject]:
         """Devices that jobs may name."""
@@ -283,6 +284,13 @@ class Client:
             cursor = page["next_cursor"]
             if cursor is None:
                 return
+
+
+def _id(text: str) -> str:
+    """An id as a part of a path; anything else would be read as another path."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise ClientError(f"Expected an id such as 9f0a3c5d7e21b846, but got {text!r}.")
+    return text
 
 
 def _given(**values: Any) -> dict[str, Any]:

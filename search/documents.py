@@ -13,7 +13,8 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 Fidelity = Literal["screened", "evaluated", "finetuned"]
 Origin = Literal["dense", "published", "resolution", "sibling", "sampler"]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
-Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/\-]*$")]
+# Looked up among what is registered and never joined to a path, so any text may be asked for.
+Identifier = Name
 
 FRONT_FORMAT: Literal["prunefront/front/1"] = "prunefront/front/1"
 

@@ -238,7 +238,14 @@ def problem_of(error: PrunefrontError) -> Problem:
         return error
     status, code = status_and_code(error)
     if status >= 500:
-        logger.error("request failed", exc_info=error, extra={"action": "request_failed", "code": code})
+        # A database that is away or a full disk is told in a sentence; only what nobody foresaw needs its traceback.
+        is_foreseen = status in (503, 507)
+        logger.error(
+            "Request failed: %s",
+            error,
+            exc_info=None if is_foreseen else error,
+            extra={"action": "request_failed", "code": code},
+        )
     headers = {"Retry-After": RETRY_AFTER_S} if status == 503 else {}
     return Problem(status, code, str(error), headers=headers)
 

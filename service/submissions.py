@@ -134,7 +134,10 @@ def _check_device(device: str, store: Store) -> None:
     known = [record.id for record in store.list_devices()]
     if device not in known:
         raise UnknownNameError.of(
-            "device", device, known, hint="GET /api/v1/devices lists what controllers have offered."
+            "device",
+            device,
+            known,
+            hint="A device is known once a controller has run on its machine; GET /api/v1/devices lists them.",
         )
 
 
@@ -188,6 +191,12 @@ def _check_checkpoint(checkpoint_id: str, spec: ModelSpec, settings: Settings) -
             f"Checkpoint {checkpoint_id!r} is not a readable safetensors file ({error}); save it again."
         ) from error
     expected = _weight_shapes(spec)
+    surplus = sorted(found.keys() - expected.keys())
+    if surplus:
+        raise CheckpointError(
+            f"Checkpoint {checkpoint_id!r} has {surplus[0]}, but {spec.name} has no such weights; name a checkpoint of "
+            "this model."
+        )
     for name, shape in expected.items():
         if name not in found:
             raise CheckpointError(

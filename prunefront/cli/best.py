@@ -17,13 +17,13 @@ from prunefront.errors import ConfigError
 def best(
     job: JobArgument = "last",
     max_latency_ms: Annotated[
-        float | None, typer.Option(help="The most accurate config that is this fast, per batch.")
+        float | None, typer.Option(min=0, help="The most accurate config that is this fast, per batch.")
     ] = None,
     min_top1: Annotated[
         float | None, typer.Option(min=0, max=1, help="The fastest config that is this accurate, 0-1.")
     ] = None,
     min_speedup: Annotated[
-        float | None, typer.Option(help="The most accurate config that is this much faster than dense.")
+        float | None, typer.Option(min=0, help="The most accurate config that is this much faster than dense.")
     ] = None,
     fidelity: Fidelity = None,
     device: DeviceOfFront = None,

@@ -51,13 +51,16 @@ def search(
         str | None, typer.Option("--at", help="Blocks that may reduce, e.g. 3,6,9; any.", rich_help_panel=_SPACE)
     ] = None,
     min_keep_ratio: Annotated[
-        float | None, typer.Option(help="Least share of the tokens that one site keeps.", rich_help_panel=_SPACE)
+        float | None,
+        typer.Option(min=0, max=1, help="Least share of the tokens that one site keeps.", rich_help_panel=_SPACE),
     ] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(help="Slower candidates are not promoted.", rich_help_panel=_SPACE)
+        float | None, typer.Option(min=0, help="Slower candidates are not promoted.", rich_help_panel=_SPACE)
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Proposals.", rich_help_panel=_BUDGET)] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop proposing after.", rich_help_panel=_BUDGET)] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop proposing after so many minutes.", rich_help_panel=_BUDGET)
+    ] = None,
     search_images: Annotated[
         int | None, typer.Option(min=1, help="Search images per candidate; all.", rich_help_panel=_BUDGET)
     ] = None,

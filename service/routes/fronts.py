@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from prunefront import PruneConfig
+from prunefront.errors import UnknownNameError
 from search.documents import Fidelity, Front, FrontPoint
 from search.pareto import NoFeasiblePoint, build_front, pick_best
 from service.deps import JobDep, StoreDep
@@ -62,7 +63,8 @@ def get_best(
         raise Problem(
             409,
             "front_empty",
-            f"Job {job.id} has no measured point at fidelity {front.fidelity}; wait for it, or name another fidelity.",
+            f"Job {job.id} has no point measured on {front.device} at fidelity {front.fidelity}; wait for it, or name "
+            "another fidelity or device.",
         )
     try:
         point = pick_best(front, max_latency_ms=max_latency_ms, min_top1=min_top1, min_speedup=min_speedup)
@@ -76,11 +78,16 @@ def front_of(job: JobRecord, store: Store, fidelity: Fidelity | None, device: st
 
     Raises:
         Problem: If this kind of job has none.
+        UnknownNameError: If nobody offered the device.
     """
     if job.kind == "table":
         raise Problem(
             409, "no_front", f"Job {job.id} is a {job.kind} job and has no front; its result names its latency table."
         )
+    if device is not None:
+        known = [record.id for record in store.list_devices()]
+        if device not in known:
+            raise UnknownNameError.of("device", device, known, hint="GET /api/v1/devices lists them.")
     return build_front(job, store.list_candidates(job.id), fidelity, device)
 
 

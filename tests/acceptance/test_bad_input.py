@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import prunefront
 from tests.acceptance.conftest import Server
 from tests.acceptance.seeding import search_body
 
@@ -72,7 +73,14 @@ BAD_SEARCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "less than or equal to 1",
     ),
     "dataset": ({"dataset": "imagenet-21k"}, "unknown_name", "/dataset", "imagenet-21k"),
-    "dataset that is a path": ({"dataset": "/etc"}, "invalid_request", "/dataset", "match"),
+    "dataset that is a path": ({"dataset": "/etc"}, "unknown_name", "/dataset", "imagefolder:NAME"),
+    "dataset with a name of its own": (
+        {"dataset": "imagefolder:größe 1+2"},
+        "dataset",
+        "/dataset",
+        "PRUNEFRONT_DATA_ROOTS",
+    ),
+    "model with a blank": ({"model": {"name": "deit small"}}, "unknown_name", "/model", "deit small"),
     "dataset of other classes": (
         {"model": {"name": "deit_tiny_patch16_224"}},
         "dataset",
@@ -94,6 +102,12 @@ BAD_SEARCHES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "/model/checkpoint",
         "lacks",
     ),
+    "checkpoint of a larger model": (
+        {"model": {"name": MODEL, "checkpoint": "larger"}},
+        "checkpoint",
+        "/model/checkpoint",
+        "no such weights",
+    ),
     "checkpoint that is no file of weights": (
         {"model": {"name": MODEL, "checkpoint": "garbage"}},
         "checkpoint",
@@ -113,6 +127,8 @@ def checkpoints(server: Server) -> None:
     folder: Path = server.settings.checkpoints_dir
     folder.mkdir(exist_ok=True)
     save_file({"head.weight": torch.zeros(2, 2)}, folder / "misfit.safetensors")
+    state = prunefront.create_dense(prunefront.ModelSpec(name=MODEL)).state_dict()
+    save_file({**state, "blocks.6.norm1.weight": torch.zeros(192)}, folder / "larger.safetensors")
     (folder / "garbage.safetensors").write_bytes(b"not safetensors")
 
 

@@ -106,3 +106,14 @@ def test_an_answer_of_another_program_is_told_from_ours(text: str) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text=text))
     with Client(transport=transport) as client, pytest.raises(ClientError, match="is it prunefront's API"):
         client.devices()
+
+
+@pytest.mark.parametrize("job_id", ["", "..", "../latency-tables/1", "a/b", "a?b=c", "x" * 65])
+def test_an_id_never_leads_to_another_path(job_id: str) -> None:
+    asked: list[httpx.Request] = []
+    transport = httpx.MockTransport(lambda request: asked.append(request) or httpx.Response(204))
+    with Client(transport=transport) as client:
+        for ask in (client.job, client.delete, client.front, client.best, client.table):
+            with pytest.raises(ClientError, match="Expected an id such as"):
+                ask(job_id)
+    assert asked == []

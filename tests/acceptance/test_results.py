@@ -62,9 +62,13 @@ def test_front_is_the_document_and_holds_no_noisy_or_slow_point(server: Server, 
 def test_front_of_another_fidelity_or_device_is_never_mixed(server: Server, http: httpx.Client) -> None:
     screened = http.get(f"/jobs/{server.search_id}/front", params={"fidelity": "screened"}).json()
     assert {point["fidelity"] for point in [*screened["points"], *screened["marks"]]} == {"screened"}
+    server.store.save_device("cuda:0", "a device that measured nothing of this job", "cuda", {})
     elsewhere = http.get(f"/jobs/{server.search_id}/front", params={"device": "cuda:0"}).json()
     assert elsewhere["points"] == [] and elsewhere["dense"] is None
     assert http.get(f"/jobs/{server.search_id}/front", params={"fidelity": "guessed"}).status_code == 422
+    nowhere = http.get(f"/jobs/{server.search_id}/front", params={"device": "cdua:0"})
+    assert (nowhere.status_code, nowhere.json()["code"]) == (422, "unknown_name")
+    assert "did you mean 'cuda:0'" in nowhere.json()["detail"]
 
 
 def test_best_under_a_latency_is_the_most_accurate_that_fits(server: Server, http: httpx.Client) -> None:

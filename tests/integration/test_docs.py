@@ -51,6 +51,14 @@ def test_a_command_that_is_shown_can_be_typed(page: str, line: str) -> None:
     assert typed <= known | {"--help", "-h"}, f"{page}: {line}"
 
 
+def test_every_problem_of_the_api_is_explained() -> None:
+    from service.problems import ERROR_STATUS
+
+    explained = (ROOT / "docs" / "rest-api.md").read_text()
+
+    assert [code for _, _, code in ERROR_STATUS if f"`{code}`" not in explained] == []
+
+
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     new = "config new --model digit_vit_patch6_48 --method evit --at 1,3 --op fuse --keep-ratio 0.5 --out best.json"

@@ -66,6 +66,11 @@ def test_the_commands_are_those_of_this_version() -> None:
         (["measure", "x.json", "--batch-size", "0"], "equal to 1 (got '0'). See prunefront measure --help"),
         (["measure", "x.json", "--batch-size", "many"], "(got 'many'). See prunefront measure --help"),
         (["measure", "x.json", "--dtype", "fp8"], "for '--dtype': 'fp8' is not one of 'fp32', 'bf16', 'fp16'. See"),
+        (
+            ["search", "m", "--dataset", "d", "--min-keep-ratio", "2"],
+            "than or equal to 1 (got '2'). See prunefront search",
+        ),
+        (["best", "last", "--max-latency-ms", "-5"], "than or equal to 0 (got '-5'). See prunefront best --help"),
         (["config", "show", "--json", "c.json", "--out"], "See prunefront config show --help"),
         (["table", "build", "m", "--batch-size"], "requires an argument. See prunefront table build --help"),
         (["config", "show", "/nowhere/c.json"], "Error: Cannot read config /nowhere/c.json: No such file"),

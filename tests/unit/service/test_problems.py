@@ -62,6 +62,18 @@ def test_busy_database_says_when_to_come_back() -> None:
     assert problem_of(StoreLockedError("Busy.")).headers == {"Retry-After": "2"}
 
 
+@pytest.mark.parametrize(
+    ("error", "has_traceback"), [(StoreLockedError("Busy."), False), (PrunefrontError("Odd"), True)]
+)
+def test_only_what_nobody_foresaw_is_logged_with_its_traceback(
+    error: PrunefrontError, has_traceback: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem_of(error)
+    (record,) = caplog.records
+    assert record.getMessage() == f"Request failed: {error}"
+    assert bool(record.exc_info) is has_traceback
+
+
 def test_unknown_method_in_a_job_keeps_the_sentence_and_the_code_of_the_library() -> None:
     problem = problem_for({"kind": "search", "model": {"name": "m"}, "dataset": "d", "space": {"methods": ["evitt"]}})
     assert problem.code == "unknown_name"
