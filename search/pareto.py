@@ -13,8 +13,9 @@ from prunefront.errors import PrunefrontError
 from search.documents import Fidelity, Front, FrontPoint
 from store.records import CandidateRecord, EvaluationRecord, JobRecord, MeasurementRecord
 
-# Later is better known; a front shows one of them, and by default the best known that has points.
+# Later is better known. A front shows one of them.
 FIDELITIES: tuple[Fidelity, ...] = ("screened", "evaluated", "finetuned")
+USEFUL_LOSS = 0.05  # of top-1 against dense: what fronts of two fidelities are compared over
 MARK_ORIGINS = ("published", "resolution", "sibling")
 
 
@@ -74,11 +75,17 @@ def build_front(
     Args:
         job: Names device, runtime, dtype and batch size.
         candidates: All of the job's.
-        fidelity: Which accuracy; None takes the best known that any measured candidate has.
+        fidelity: Which accuracy; None takes the one that offers most. Only a few candidates are fine-tuned, so their
+            front may well lie behind that of all tested ones.
         device: Which device's measurements; None is the job's.
     """
     place = device or str(job.spec.get("device", "cpu"))
-    fidelity = fidelity or _best_known(candidates, place)
+    if fidelity is None:
+        fronts = [build_front(job, candidates, level, place) for level in _known_fidelities(candidates, place)]
+        # Of equal ones the better known, which comes last.
+        chosen = max(reversed(fronts), key=_useful_area)
+        more = [f"There is a front of fidelity {one.fidelity!r} as well." for one in fronts if one is not chosen]
+        return chosen.model_copy(update={"notes": (*chosen.notes, *more)})
     points, notes = [], []
     noisy = 0
     dense_ms = next(
@@ -122,10 +129,21 @@ def build_front(
     )
 
 
-def _best_known(candidates: Sequence[CandidateRecord], device: str) -> Fidelity:
+def _known_fidelities(candidates: Sequence[CandidateRecord], device: str) -> list[Fidelity]:
+    """Fidelities that a measured candidate has; estimates on search images only where there is nothing else."""
     measured = [c for c in candidates if c.origin != "dense" and measurement_of(c, device) is not None]
     known = {e.fidelity for c in measured for e in c.evaluations}
-    return next((level for level in reversed(FIDELITIES) if level in known), "evaluated")
+    tested: list[Fidelity] = [level for level in FIDELITIES if level in known and level != "screened"]
+    fallback: Fidelity = "screened" if "screened" in known else "evaluated"
+    return tested or [fallback]
+
+
+def _useful_area(front: Front) -> float:
+    """Hypervolume of a front over what anyone would deploy: faster than dense, not much worse."""
+    if front.dense is None:
+        return 0.0
+    reference_point = (front.dense.top1 - USEFUL_LOSS, front.dense.measured_ms)
+    return hypervolume([(p.top1, p.measured_ms) for p in front.points], reference_point)
 
 
 def pick_best(

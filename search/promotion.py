@@ -9,9 +9,6 @@ from search.pareto import evaluation_of, pareto_front
 from store import CandidateRecord
 
 MARKS_PER_METHOD = 2  # of a method's published schedules; the others run as candidates
-# Top-1 that a promoted candidate may lose off the shelf while others lose less: the far end of the latency axis is full
-# of schedules that nothing dominates and nobody wants.
-USEFUL_LOSS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)

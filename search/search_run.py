@@ -28,8 +28,8 @@ from prunefront.training.statistics import paired_interval, top1_interval
 from search.checkpoints import find_checkpoint
 from search.documents import Fidelity, SearchJob
 from search.job_run import JobFailure, JobRun
-from search.pareto import build_front, evaluation_of, measurement_of, pareto_front
-from search.promotion import USEFUL_LOSS, Rival, choose_marks, choose_promising, spread
+from search.pareto import USEFUL_LOSS, build_front, evaluation_of, measurement_of, pareto_front
+from search.promotion import Rival, choose_marks, choose_promising, spread
 from search.proposals import Proposer, Told
 from search.seeds import seeds_for, transfer
 from search.space import ScheduleSpace, Variances

@@ -15,7 +15,7 @@ from prunefront.cli.output import note, print_json, print_table, write_result
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help='Job id; "last" is the newest search.')]
 Fidelity = Annotated[
     Literal["screened", "evaluated", "finetuned"] | None,
-    typer.Option("--fidelity", help="How well accuracies are known; the best reached when left out."),
+    typer.Option("--fidelity", help="How well accuracies are known; left out, the one whose front offers most."),
 ]
 DeviceOfFront = Annotated[str | None, typer.Option("--device", help="Device of the latencies; the job's own.")]
 

@@ -97,9 +97,27 @@ def test_fidelities_are_never_mixed_but_dense_stands_beside_fine_tuned_points() 
     tuned = candidate(1, [evaluation(0.90), evaluation(0.94, "finetuned")], [measured(60.0)])
     plain = candidate(2, [evaluation(0.93)], [measured(50.0)])
     assert [p.trial for p in front_of(tuned, plain, fidelity="finetuned").points] == [1, 0]
-    assert [p.trial for p in front_of(tuned, plain).points] == [1, 0], "the best known by default"
     evaluated = front_of(tuned, plain, fidelity="evaluated")
     assert [(p.trial, p.top1) for p in evaluated.points] == [(2, 0.93), (0, 0.95)]
+
+
+def test_by_default_a_front_has_the_fidelity_that_offers_most() -> None:
+    tuned = candidate(1, [evaluation(0.90), evaluation(0.94, "finetuned")], [measured(60.0)])
+    plain = candidate(2, [evaluation(0.93)], [measured(50.0)])
+    # Within 5 points below dense (0.95 at 100 ms): 40 ms x 0.04 fine-tuned against 50 ms, then 60 ms, x 0.03.
+    chosen = front_of(tuned, plain)
+    assert (chosen.fidelity, [p.trial for p in chosen.points]) == ("finetuned", [1, 0])
+    assert "There is a front of fidelity 'evaluated' as well." in chosen.notes
+    plain = candidate(2, [evaluation(0.93)], [measured(40.0)])
+    chosen = front_of(tuned, plain)
+    assert (chosen.fidelity, [p.trial for p in chosen.points]) == ("evaluated", [2, 0])
+
+
+def test_search_images_are_shown_only_while_nothing_is_tested() -> None:
+    estimated = candidate(1, [evaluation(0.94, "screened", "search")], [measured(60.0)])
+    tested = candidate(2, [evaluation(0.80)], [measured(50.0)])
+    assert front_of(estimated).fidelity == "screened"
+    assert front_of(estimated, tested).fidelity == "evaluated"
 
 
 def test_search_images_never_become_a_configs_result() -> None:
