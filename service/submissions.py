@@ -77,7 +77,7 @@ def check_job(job: SearchJob | TableJob | MeasureJob, store: Store, settings: Se
 
 def _check_search(job: SearchJob, geometry: ModelGeometry, store: Store) -> None:
     with naming_field("/dataset"):
-        check_dataset(job.dataset)
+        check_dataset(job.dataset, needs_train=job.budget.finetune_top > 0)
         _check_classes(job.dataset, geometry)
     for number, method in enumerate(job.space.methods):
         with naming_field(f"/space/methods/{number}"):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import prunefront
 from tests.acceptance.conftest import Server
 from tests.acceptance.seeding import search_body
+from tests.integration.training.image_folders import write_images
 
 MODEL = "digit_vit_patch6_48"
 
@@ -146,6 +147,26 @@ def test_wrong_job_is_refused_with_its_reason_and_leaves_nothing_behind(
     assert words in document["detail"]
     assert "\n" not in document["detail"] and "Traceback" not in answer.text
     assert sum(server.store.count_jobs().values()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "words"),
+    [
+        ("missing", {}, "needs a folder 'missing' in"),
+        ("empty", {}, "has no images in"),
+        ("val-only", {"finetune_top": 1}, "Fine-tuning needs training images"),
+    ],
+)
+def test_dataset_that_cannot_serve_the_job_is_refused(
+    http: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, budget: dict[str, int], words: str
+) -> None:
+    monkeypatch.setenv("PRUNEFRONT_DATA_ROOTS", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "val-only" / "val", [8] * 10)
+    answer = http.post("/jobs", json=search_body(dataset=f"imagefolder:{name}", budget=budget))
+    document = answer.json()
+    assert (answer.status_code, document["code"], document["errors"][0]["pointer"]) == (422, "dataset", "/dataset")
+    assert words in document["detail"]
 
 
 @pytest.mark.parametrize(
