@@ -32,9 +32,9 @@ from prunefront.schedule import plan_schedule
 from prunefront.training.data import check_dataset, dataset_info
 from search.checkpoints import find_checkpoint
 from search.documents import MeasureJob, SearchJob, TableJob
-from service.problems import Problem
+from service.problems import Problem, status_and_code
 from service.settings import Settings
-from store import NotFoundError, Store
+from store import NotFoundError, Store, StoreError
 
 MAX_IMG_SIZE_PX = 4096
 MAX_ARCHITECTURE_NUMBER = 65_536
@@ -52,6 +52,8 @@ def naming_field(pointer: str) -> Iterator[None]:
     try:
         yield
     except PrunefrontError as error:
+        if isinstance(error, StoreError) and status_and_code(error)[0] == 503:
+            raise  # no value of the body is at fault; the same body may work in a moment
         raise Problem.in_field(pointer, error) from error
 
 

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 from prunefront.errors import CheckpointError, ConfigError, DatasetError, ModelError, PrunefrontError, UnknownNameError
 from search.documents import Job
 from service.problems import MEDIA_TYPE, Problem, problem_of, status_and_code, validation_problem
-from store import ConflictError, NotFoundError, StoreLockedError, StoreSchemaError, StoreUnavailableError
+from service.submissions import naming_field
+from store import ConflictError, NotFoundError, StoreError, StoreLockedError, StoreSchemaError, StoreUnavailableError
 
 
 def problem_for(body: dict[str, Any]) -> Problem:
@@ -72,6 +73,15 @@ def test_only_what_nobody_foresaw_is_logged_with_its_traceback(
     (record,) = caplog.records
     assert record.getMessage() == f"Request failed: {error}"
     assert bool(record.exc_info) is has_traceback
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError("Away."), StoreLockedError("Busy."), StoreError("Full.")])
+def test_a_database_that_is_away_is_no_fault_of_the_body(error: PrunefrontError) -> None:
+    with pytest.raises(type(error)), naming_field("/device"):
+        raise error
+    with pytest.raises(Problem) as caught, naming_field("/device"):
+        raise UnknownNameError("Unknown device.")
+    assert caught.value.errors[0].pointer == "/device"
 
 
 def test_unknown_method_in_a_job_keeps_the_sentence_and_the_code_of_the_library() -> None:
