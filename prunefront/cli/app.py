@@ -33,6 +33,7 @@ from prunefront.errors import PrunefrontError
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 DEBUG_VARIABLE = "PRUNEFRONT_DEBUG"
+_NO_MEMORY = "can't allocate memory"  # torch's CPU allocator, in a plain RuntimeError
 # Packages of the checkout that the wheel leaves out.
 APPLICATION = frozenset({"search", "service", "store", "workers"})
 
@@ -90,6 +91,8 @@ app.command("doctor", rich_help_panel=_RUN)(doctor.doctor)
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; no exception leaves it unless PRUNEFRONT_DEBUG is set."""
+    # Its retries are many lines; what came of them is told in one.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         outcome = app(list(arguments), prog_name="prunefront", standalone_mode=False)
         if outcome == STOPPED:  # typer's answer to Ctrl-C; older ones raise Abort
@@ -144,6 +147,11 @@ def describe(error: Exception) -> tuple[int, str]:
 
         if isinstance(error, ValidationError):
             return REFUSED, describe_validation_error(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+        return (
+            FAILED,
+            "There is not enough memory for this. Use a smaller --batch-size or --img-size, or another device.",
+        )
     if isinstance(error, OSError) and error.strerror:
         place = f"Could not use {error.filename}" if error.filename is not None else "Could not write the output"
         return FAILED, f"{place}: {error.strerror}. Check the free space and the rights of this user."

@@ -61,7 +61,8 @@ def evaluate(
 
     place = str(torch_device(device))
     check_dataset(dataset)  # before weights are looked for, which may take long
-    model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
+    with progress_bar(f"Loading {what}"):
+        model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
     if against_dense and dense is None:
         raise ConfigError(f"--against-dense compares a compressed model with its dense one, but {what} is dense.")
     images = open_split(dataset, split, data_config=data_config_of(model), num_images=num_images)
@@ -101,17 +102,24 @@ def evaluate(
 def _models(
     what: str, img_size: str | None, num_classes: int | None, kwargs: list[str] | None, checkpoint: Path | None
 ) -> tuple[nn.Module, nn.Module | None]:
-    """The model asked for and, if it is compressed, the dense one with the same weights."""
+    """The model asked for and, if it is compressed, the dense one with the same weights.
+
+    What cannot work is refused before weights are downloaded.
+    """
     import prunefront
+    from prunefront.geometry import geometry_for
+    from prunefront.schedule import plan_schedule
 
     if what.endswith(".safetensors"):
         model = prunefront.load_model(what)
         return model, prunefront.uncompress(model)
     if what.endswith(CONFIG_SUFFIXES) or Path(what).is_file():
         config = prunefront.load_config(what)
+        plan_schedule(config)
         dense = prunefront.create_dense(config.model, pretrained=checkpoint is None, checkpoint=checkpoint)
         return prunefront.compress(dense, config), dense
     spec = model_spec(what, img_size, num_classes, kwargs)
+    geometry_for(spec)
     return prunefront.create_dense(spec, pretrained=checkpoint is None, checkpoint=checkpoint), None
 
 

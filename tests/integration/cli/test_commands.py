@@ -164,6 +164,22 @@ def test_eval_asks_for_the_dataset_before_it_looks_for_weights(capfd: pytest.Cap
     assert "did you mean 'digit-scenes'?" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("resnet18", "ResNet is not supported"),
+        ("deit_tiny_patch16_224.nope", "Invalid pretrained tag (nope) for deit_tiny_patch16_224. Check"),
+    ],
+)
+def test_eval_refuses_a_model_before_it_looks_for_weights(
+    model: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("prunefront.create_dense", lambda *args, **options: pytest.fail("looked for weights"))
+
+    assert run(["eval", model, "--dataset", "digit-scenes"]) == 2
+    assert sentence in capfd.readouterr().err
+
+
 def test_measure_writes_what_it_prints(tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "measured.json"
 

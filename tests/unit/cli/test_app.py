@@ -122,6 +122,20 @@ def test_an_error_nobody_foresaw_is_one_line_that_says_how_to_see_more(monkeypat
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_a_lack_of_memory_says_what_to_make_smaller(error: Exception) -> None:
+    code, sentence = describe(error)
+
+    assert code == 1
+    assert sentence.startswith("There is not enough memory for this. Use a smaller --batch-size")
+
+
+@pytest.mark.parametrize(
     ("error", "sentence"),
     [
         (OSError(28, "No space left on device"), "Could not write the output: No space left on device. Check"),
