@@ -7,6 +7,7 @@ noise in ten measurements cannot twist a table.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,14 @@ import numpy as np
 from latency_tables.predict import PARTS, corrected_ms
 from latency_tables.schema import Correction
 
+logger = logging.getLogger(__name__)
+
 # How far, as a standard deviation, each factor may reasonably be from 1. Stem and head run once: little to learn.
 FACTOR_SPREAD = {"attention": 0.15, "mlp": 0.15, "reduction": 0.6, "rest": 0.1}
 INTERCEPT_SPREAD = 0.02  # Of the slowest model.
 LEAST_NOISE = 0.01  # No measurement of a whole model is trusted further, relative.
 FACTOR_RANGE = (0.2, 5.0)
+IMPLAUSIBLE = 4.0  # Spreads from where it is expected: then the machine was not the same for parts and whole models.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,13 @@ def fit_correction(models: Sequence[WholeModel]) -> Correction:
     solution = np.linalg.lstsq(
         np.vstack([design, np.diag(1.0 / spreads)]), np.concatenate([target, np.zeros(len(spreads))]), rcond=None
     )[0]
+    if np.any(np.abs(solution) > IMPLAUSIBLE * spreads):
+        logger.warning(
+            "Whole models and their parts do not fit together; the table goes without a correction. Build it again on "
+            "a quieter machine", extra={"action": "fit_correction", "solution": solution.tolist()},
+        )  # fmt: skip
+        before = float(np.mean(np.abs(parts.sum(axis=1) / measured - 1.0)))
+        return Correction(num_models=len(models), mape_before=before, mape_after=before)
     factors = {
         part: float(np.clip(1.0 + delta, *FACTOR_RANGE)) for part, delta in zip(PARTS, solution[1:], strict=True)
     }

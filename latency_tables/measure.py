@@ -46,6 +46,7 @@ WHOLE = "forward"  # Name of the only lap of a whole model.
 # Standard error of a median of n normal samples is 1.2533 sigma / sqrt(n), and sigma is IQR / 1.349.
 MEDIAN_ERROR_PER_IQR = 1.2533 / 1.349
 CANARY_WINDOW = 5  # Canary samples whose median says how fast the machine is at a moment.
+LEAST_OBSERVED_S = 0.5  # CPU time of the machine that says how busy it is: the kernel counts in hundredths of a second
 MIB = 2**20
 
 
@@ -85,6 +86,9 @@ class MeasureSettings:
     max_relative_error: float = 0.03  # Standard error of the median over the median: what a reader relies on.
     max_shift: float = 0.10  # Between the medians of both halves: drift that the canary did not cancel.
     max_canary_drift: float = 1.0  # Range of the smoothed canary over its median; more is no longer one machine.
+    # Share of the CPU that other processes used. A steady neighbour leaves no spread behind, but slows a model on all
+    # threads more than one that runs on few, and no canary cancels that.
+    max_foreign_cpu: float = 0.25
     attempts: int = 3
 
 
@@ -386,7 +390,7 @@ def summarise(
             f"the dense model's own latency moved by {run.canary_drift:.0%} meanwhile (at most "
             f"{settings.max_canary_drift:.0%} is allowed)"
         )
-    if reasons and run.foreign_cpu is not None and run.foreign_cpu > 0.05:
+    if run.foreign_cpu is not None and run.foreign_cpu > (0.05 if reasons else settings.max_foreign_cpu):
         reasons.append(f"other processes used {run.foreign_cpu:.0%} of the CPU; close them and measure again")
     return Measurement(
         median_ms=median,
@@ -626,6 +630,8 @@ class _CpuUsage:
         if self._start is None or end is None or end[1] <= self._start[1]:
             return None
         busy, total, own = (after - before for before, after in zip(self._start, end, strict=True))
+        if total < LEAST_OBSERVED_S:
+            return None
         return max(0.0, min(1.0, (busy - own) / total))
 
     @staticmethod

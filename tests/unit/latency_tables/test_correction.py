@@ -53,3 +53,15 @@ def test_few_models_move_all_parts_together_and_keep_factors_positive(factor: fl
     assert all(value > 0 for value in correction.factors.values())
     assert correction.mape_after is not None and correction.mape_before is not None
     assert correction.mape_after <= correction.mape_before + 1e-9
+
+
+def test_whole_models_that_met_another_machine_than_their_parts_give_no_correction() -> None:
+    """As when a neighbour came: the slow dense model five times slower, small ones hardly."""
+    told = [
+        WholeModel(part_sums=m.part_sums, measured_ms=30.0 + 0.2 * m.measured_ms if number else m.measured_ms)
+        for number, m in enumerate(models(9, 0.0, 1.0, 1.0))
+    ]
+    correction = fit_correction(told)
+    assert (correction.intercept_ms, correction.factors) == (0.0, {})
+    assert correction.mape_after == correction.mape_before
+    assert correction.mape_before is not None and correction.mape_before > 0.3

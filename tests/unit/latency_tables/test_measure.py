@@ -8,6 +8,7 @@ from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.measure import (
     WHOLE,
     Lap,
+    LapSamples,
     MeasureSettings,
     WallStopwatch,
     cast_modules,
@@ -16,6 +17,7 @@ from latency_tables.measure import (
     peak_memory_mib,
     prepare_model,
     rounds_for,
+    summarise,
 )
 from tests.unit.latency_tables.fakes import FakeClock
 
@@ -158,6 +160,14 @@ def test_a_measurement_is_brought_to_another_speed_of_the_machine() -> None:
     )["small"].at_canary(20.0)
     assert (small.median_ms, small.p90_ms, small.canary_ms) == pytest.approx((8.0, 8.0, 20.0))
     assert small.speedup == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(("foreign_cpu", "state"), [(None, "ok"), (0.1, "ok"), (0.5, "noisy")])
+def test_a_steady_neighbour_makes_a_run_noisy_though_it_leaves_no_spread(foreign_cpu: float | None, state: str) -> None:
+    run = LapSamples(laps={}, canary_ms=10.0, canary_drift=0.0, foreign_cpu=foreign_cpu)
+    measured = summarise([4.0] * 10, run, MeasureSettings())
+    assert measured.state == state
+    assert ("other processes used 50% of the CPU" in (measured.reason or "")) == (state == "noisy")
 
 
 def test_a_canary_that_moves_too_much_makes_a_run_noisy() -> None:
