@@ -11,6 +11,8 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        # A terminal without the sign × shows ? instead of ending the command.
+        getattr(sys, name).reconfigure(errors="replace")
     try:
         sys.exit(_run())
     except KeyboardInterrupt:  # before the command took over

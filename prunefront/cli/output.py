@@ -49,7 +49,8 @@ def print_error(text: str) -> None:
 
 def print_json(document: Any) -> None:
     """Print a result for programs: indented JSON and nothing else on stdout."""
-    sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    takes_all = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=not takes_all, allow_nan=False) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:

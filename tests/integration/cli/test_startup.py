@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -64,6 +65,23 @@ def test_a_closed_output_ends_nothing() -> None:
     finished = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
 
     assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_an_output_of_ascii_alone_is_enough(tmp_path: Path) -> None:
+    def shown(*arguments: str) -> str:
+        command = [sys.executable, "-m", "prunefront", "config", *arguments]
+        finished = subprocess.run(
+            command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120
+        )
+        assert (finished.returncode, finished.stderr) == (0, "")
+        return finished.stdout
+
+    assert "fuse" in shown("published", "evit", "deit_small_patch16_224")
+    path = tmp_path / "größe.json"
+    path.write_text(shown("new", "--model", "digit_vit_patch6_48", "--method", "evit"))
+    assert "?" in shown("show", str(path)), "the dash of an empty cell"
+    (validated,) = json.loads(shown("validate", str(path), "--json"))
+    assert validated["file"] == str(path)
 
 
 def test_ctrl_c_before_the_command_runs_is_one_word() -> None:
