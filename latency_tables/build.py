@@ -155,7 +155,7 @@ def build_table(
         spec: The model; weights do not matter and are random.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         partial_path: Finished entries are appended to this file; a build that finds one of its own kind goes on where
-            it ended. It is deleted when the table is complete.
+            it ended. Delete it once the table is saved: until then the same build with it costs nothing.
         progress: Told the share done (of 1.0); the message ends with the time left.
         should_stop: Asked between samples.
         settings: What to measure, in place of `settings_for`'s choice.
@@ -256,7 +256,6 @@ class _Build:
                 "%d of %d entries are noisy; measure again on a quieter machine", len(noisy), len(table.entries),
                 extra={"action": "build_table", "noisy_entries": len(noisy), "reason": noisy[0].reason},
             )  # fmt: skip
-        self.partial.delete()
         self._report("whole models", 1.0, "done")
         return table
 

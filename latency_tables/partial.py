@@ -55,10 +55,6 @@ class PartialFile:
             }
         )
 
-    def delete(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
     def _read(self) -> list[FinishedGroup]:
         if self._path is None:
             return []

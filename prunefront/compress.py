@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import safetensors
+import timm
 import torch
 from safetensors.torch import load_file, save
 from timm.models._manipulate import checkpoint
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from prunefront.config import ConfigSource, ModelSpec, PruneConfig, Site, load_config
 from prunefront.errors import CheckpointError, ConfigError, InputError, ModelError
 from prunefront.files import write_atomic
-from prunefront.geometry import ModelGeometry, build_timm_model, geometry_of, require_supported
+from prunefront.geometry import ModelGeometry, build_timm_model, geometry_for, geometry_of, require_supported
 from prunefront.methods.base import Aux, Method, Recorder
 from prunefront.ops.attention import attend, log_size_bias
 from prunefront.registry import get_method
@@ -331,6 +332,13 @@ def _share(model: nn.Module) -> nn.Module:
 
 def _check_fits(config: PruneConfig, geometry: ModelGeometry) -> None:
     """A config made for another resolution or depth would silently mean something else here."""
+    if timm.is_model(config.model.name):
+        depth = geometry_for(config.model).depth
+        if depth != geometry.depth:
+            raise ModelError(
+                f"The config is for {config.model.name} with {depth} blocks, but this model has {geometry.depth}. "
+                "Use prunefront.create_model(config), or a config made for this model."
+            )
     if config.model.img_size is not None:
         wanted = config.model.img_size if isinstance(config.model.img_size, tuple) else (config.model.img_size,) * 2
         if wanted != geometry.img_size:
@@ -427,10 +435,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return load_file(name)
         loaded = torch.load(name, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{name} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{name} is not a readable checkpoint: {_first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError and whatever a damaged archive raises
         raise CheckpointError(
-            f"{name} could not be read as weights only: {str(error).splitlines()[0]} "
+            f"{name} could not be read as weights only: {_first_line(error)} "
             "Save the state dict alone, best as safetensors."
         ) from error
     for key in ("model", "model_ema", "state_dict"):
@@ -482,3 +490,7 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
 def _some(names: Sequence[str], limit: int = 3) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -61,6 +61,7 @@ def build_table(
     validate_schedules: int = 0,
 ) -> tuple[TableRecord, LatencyTable]:
     """Measure a table in a task and store it; an interrupted build goes on where it was."""
+    partial_path = run.folder / "table.partial.json"
     value = run.run_task(
         "table",
         {
@@ -69,7 +70,7 @@ def build_table(
             "dtype": place.dtype,
             "batch_size": place.batch_size,
             "detail": detail,
-            "partial_path": str(run.folder / "table.partial.json"),
+            "partial_path": str(partial_path),
             "validate_schedules": validate_schedules,
         },
         stage="table",
@@ -87,6 +88,7 @@ def build_table(
         batch_size=place.batch_size,
         source=run.id,
     )
+    partial_path.unlink(missing_ok=True)
     run.store.add_event(run.id, "table", {"table_id": record.id})
     return record, table
 

@@ -45,7 +45,7 @@ def build(
 ) -> None:
     """Measure a model's blocks at many token counts and write the table.
 
-    An interrupted build goes on where it was: what is finished stays in a file beside the table until it is complete.
+    An interrupted build goes on where it was: what is finished stays in a file beside the table until that is written.
 
     Example: prunefront table build deit_small_patch16_224 --batch-size 8
     """
@@ -54,6 +54,7 @@ def build(
     from prunefront.files import require_writable
 
     target = out or Path(f"{model}-{device.replace(':', '')}-{runtime}-{dtype}-b{batch_size}.table.json")
+    partial = target.with_name(f"{target.name}.partial")
     require_writable(target)
     with progress_bar(f"Table of {model}") as progress:
         table = build_table(
@@ -62,10 +63,11 @@ def build(
             runtime=runtime,
             dtype=dtype,
             batch_size=batch_size,
-            partial_path=target.with_name(f"{target.name}.partial"),
+            partial_path=partial,
             progress=progress,
         )
     save_table(table, target)
+    partial.unlink(missing_ok=True)
     note(f"Wrote {target}")
     if as_json:
         print_json(_head(table) | {"file": str(target)})

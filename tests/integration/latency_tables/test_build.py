@@ -195,7 +195,10 @@ def test_a_stopped_build_goes_on_where_it_ended(uninterrupted: Uninterrupted, tm
         )  # fmt: skip
     resumed = build(stopwatch=last, partial_path=path)
     assert last.num_samples < 0.7 * uninterrupted.num_samples
-    assert not path.exists()
+    # It stays until the table is saved: whoever is stopped before that loses nothing.
+    again = WorkStopwatch()
+    assert build(stopwatch=again, partial_path=path).entries == resumed.entries
+    assert again.num_samples < 0.1 * uninterrupted.num_samples
     assert [(entry.key, entry.median_ms) for entry in resumed.entries] == [
         (entry.key, pytest.approx(entry.median_ms)) for entry in uninterrupted.table.entries
     ]

@@ -19,8 +19,6 @@ def test_finished_groups_are_found_again(tmp_path: Path) -> None:
     partial.append(FIRST)
     partial.append(SECOND)
     assert PartialFile(path, HEADER).groups == [FIRST, SECOND]
-    partial.delete()
-    assert not path.exists()
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out_and_overwritten(tmp_path: Path) -> None:
@@ -77,7 +75,6 @@ def test_without_a_path_groups_stay_in_memory() -> None:
     partial = PartialFile(None, HEADER)
     partial.append(FIRST)
     assert partial.groups == [FIRST]
-    partial.delete()
 
 
 def test_groups_are_brought_to_the_speed_of_the_median_canary() -> None:

@@ -364,6 +364,13 @@ def test_checkpoints_carry_their_config(tmp_path: Path) -> None:
     torch.testing.assert_close(again(images), model(images))
 
 
+def test_a_config_for_another_depth_is_refused() -> None:
+    config = {"format": "prunefront/config/1", "model": {"name": "digit_vit_patch6_48"}, "method": "evit", "sites": []}
+    deeper = timm.create_model("digit_vit_patch6_48", depth=8)
+    with pytest.raises(ModelError, match="digit_vit_patch6_48 with 6 blocks, but this model has 8"):
+        prunefront.compress(deeper, config)
+
+
 def test_checkpoints_that_do_not_fit_say_where(tmp_path: Path) -> None:
     config = models.schedules()["tome"]
     other = models.build(models.small_spec(num_classes=4))
@@ -381,6 +388,9 @@ def test_checkpoints_that_do_not_fit_say_where(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(CheckpointError, match="could not be read|not a readable"):
         prunefront.create_model(config, checkpoint=tmp_path / "text.pth")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint: .+"):
+        prunefront.create_model(config, checkpoint=tmp_path / "empty.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pth")
     with pytest.raises(CheckpointError, match="weights only"):
         prunefront.create_model(config, checkpoint=tmp_path / "pickle.pth")
