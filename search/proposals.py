@@ -7,6 +7,7 @@ have proposed otherwise. Values told are (accuracy estimate off the shelf, predi
 from __future__ import annotations
 
 import hashlib
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,17 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch.quasirandom import SobolEngine
 
-from search.space import Params, ScheduleSpace
+from search.pareto import pareto_front
+from search.space import OPERATIONS, Params, ScheduleSpace
 
 STARTUP_TRIALS = 16
 EI_CANDIDATES = 24
+# Of "auto", every second proposal varies a schedule that nothing known dominates: a little faster, in one or two blocks
+# otherwise. It is drawn among those that lose at most this much top-1 to the best.
+VARIED_LOSS = 0.03
+VARIED_SPEED = (0.85, 1.0)  # share of the parent's latency that a variation aims at
+WEIGHT_STEP = 0.25  # standard deviation by which a varied block's drop weight moves
+NEW_OPERATION = 0.3  # how often a varied block gets another operation
 GENERATIONS = ("Nsga2:generation", "nsga2:generation")  # where Optuna's NSGA-II, new and old, looks for it
 
 
@@ -78,6 +86,15 @@ class Told:
     generation: int = 0  # of NSGA-II; schedules from elsewhere belong to the first
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Parent:
+    """A told point among others."""
+
+    params: Params
+    top1: float
+    measured_ms: float
+
+
 class Proposer:
     """Asks and tells one study."""
 
@@ -115,12 +132,36 @@ class Proposer:
         """
         self.study.sampler = make_sampler(self._sampler, derived_seed(self._seed, proposal))
         low, high = self._space.min_share, self._space.max_share
-        chosen = quasi_random(self._space.distributions, self._seed, proposal) if self._sampler == "qmc" else {}
         # Aims are spread evenly over the latency range; the sampler chooses all else.
-        self.study.enqueue_trial({**chosen, "share": low + (high - low) * radical_inverse(proposal + 1)})
+        place = proposal // 2 if self._sampler == "auto" else proposal
+        aim = {"share": low + (high - low) * radical_inverse(place + 1)}
+        if self._sampler == "qmc":
+            chosen = quasi_random(self._space.distributions, self._seed, proposal) | aim
+        elif self._sampler == "auto" and proposal % 2:
+            chosen = self._variation(random.Random(derived_seed(self._seed, proposal))) or aim
+        else:
+            chosen = aim
+        self.study.enqueue_trial(chosen)
         with _one_thread():
             trial = self.study.ask(self._space.distributions)
         return trial.number, dict(trial.params)
+
+    def _variation(self, draw: random.Random) -> Params | None:
+        """A point beside one of the front, or None while no trial has been told."""
+        complete = [t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
+        if not complete:
+            return None
+        points = [_Parent(params=t.params, top1=t.values[0], measured_ms=t.values[1]) for t in complete]
+        least = max(point.top1 for point in points) - VARIED_LOSS
+        parent = draw.choice(pareto_front(point for point in points if point.top1 >= least))
+        params = dict(parent.params)
+        share = parent.measured_ms / self._space.dense_ms * draw.uniform(*VARIED_SPEED)
+        params["share"] = min(max(share, self._space.min_share), self._space.max_share)
+        for block in draw.sample(sorted(self._space.blocks), min(draw.choice((1, 2)), len(self._space.blocks))):
+            if draw.random() < NEW_OPERATION:
+                params[f"op_{block}"] = draw.choice(OPERATIONS)
+            params[f"drop_{block}"] = min(max(params[f"drop_{block}"] + draw.gauss(0.0, WEIGHT_STEP), 0.0), 1.0)
+        return params
 
     def generation(self, trial: int) -> int:
         """NSGA-II's generation of an asked trial, to be given back in `Told` when the study is rebuilt."""

@@ -63,7 +63,9 @@ class Search:
             self.pending = []
 
 
-@pytest.mark.parametrize(("sampler", "count"), [("tpe", 48), ("nsga2", 128), ("gp", 20), ("random", 24), ("qmc", 24)])
+@pytest.mark.parametrize(
+    ("sampler", "count"), [("auto", 48), ("tpe", 48), ("nsga2", 128), ("gp", 20), ("random", 24), ("qmc", 24)]
+)
 @pytest.mark.parametrize("every", [5, 11])
 def test_a_rebuilt_study_proposes_what_the_uninterrupted_one_would(sampler: str, count: int, every: int) -> None:
     whole, interrupted = Search(sampler), Search(sampler)
@@ -103,13 +105,33 @@ def test_every_sampler_proposes_points_of_the_space(sampler: str) -> None:
         plan_schedule(search.space.config(params), search.space.geometry)
 
 
-def test_aims_cover_the_latency_range_whatever_the_sampler_learns() -> None:
-    search = Search("tpe")
-    for _ in range(32):
+@pytest.mark.parametrize(("sampler", "turns"), [("tpe", 1), ("auto", 2)])
+def test_aims_cover_the_latency_range_whatever_the_sampler_learns(sampler: str, turns: int) -> None:
+    search = Search(sampler)
+    for _ in range(32 * turns):
         search.step()
     low, high = search.space.min_share, search.space.max_share
-    places = sorted((params["share"] - low) / (high - low) for params in search.proposed)
+    places = sorted((params["share"] - low) / (high - low) for params in search.proposed[::turns])
     assert all(later - earlier < 2.5 / 32 for earlier, later in itertools.pairwise([0.0, *places, 1.0]))
+
+
+def test_every_second_proposal_of_auto_varies_a_schedule_of_the_front() -> None:
+    space = space_of()
+    good, dominated, useless = (quasi_random(space.distributions, 7, number) for number in range(3))
+    ms = 0.6 * space.dense_ms
+    history = [
+        Told(params=good, values=(0.95, ms)),
+        Told(params=dominated, values=(0.94, ms + 1)),
+        Told(params=useless, values=(0.50, ms - 1)),
+    ]
+    proposer = Proposer(space, sampler="auto", seed=0, history=history)
+    for proposal in range(1, 41, 2):
+        trial, params = proposer.ask(proposal)
+        proposer.drop(trial)
+        assert params["method"] == good["method"]
+        assert 0.84 * 0.6 <= params["share"] <= 0.6 or params["share"] == space.min_share
+        changed = {name.split("_")[1] for name in params if params[name] != good[name] and name != "share"}
+        assert 1 <= len(changed) <= 2, "blocks"
 
 
 def test_quasi_random_points_are_those_of_the_job_seed() -> None:
