@@ -78,13 +78,17 @@ def test_an_earlier_front_leaves_no_results_in_the_later_search(store, settings,
 
 def test_a_search_that_fine_tuned_a_few_hands_over_all_that_it_tested(store, settings):
     budget = {"trials": 20, "measure_top": 12, "finetune_top": 1, "finetune_epochs": 1}
-    space = {"min_keep_ratio": 0.8}  # so that fine-tuning can bring back what is lost
-    earlier = run_to_end(store, FakeEngine(), settings, search_body(budget=budget, space=space))
-    candidates = store.list_candidates(earlier.id)
-    fronts = [build_front(earlier, candidates, level).points for level in ("evaluated", "finetuned")]
-    expected, tuned = ({hash_of(point) for point in front if point.origin == "sampler"} for front in fronts)
-    assert any(e.fidelity == "finetuned" for c in candidates for e in c.evaluations)
-    assert expected - tuned, "or this test shows nothing"
+    space = {"min_keep_ratio": 0.6}
+    # What a search finds depends on its proposals: take the first that fine-tuned, and found more than that.
+    for seed in range(20):
+        earlier = run_to_end(store, FakeEngine(), settings, search_body(budget=budget, space=space, seed=seed))
+        candidates = store.list_candidates(earlier.id)
+        fronts = [build_front(earlier, candidates, level).points for level in ("evaluated", "finetuned")]
+        expected, tuned = ({hash_of(point) for point in front if point.origin == "sampler"} for front in fronts)
+        if any(e.fidelity == "finetuned" for c in candidates for e in c.evaluations) and expected - tuned:
+            break
+    else:
+        raise AssertionError("no search both fine-tuned and found more")
     job = run_to_end(store, FakeEngine(), settings, later_body(earlier))
     assert {c.config_hash for c in taken_over(store, job, earlier)} == expected | tuned
 
