@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from search.pareto import evaluation_of, pareto_front
-from store import CandidateRecord
+from search.pareto import pareto_front
+from store import CandidateRecord, EvaluationRecord
 
+# Candidates per place that are judged on all search images first: of hundreds judged on a sample, the best are also the
+# luckiest.
+FINALISTS_PER_PLACE = 2
 MARKS_PER_METHOD = 2  # of a method's published schedules; the others run as candidates
 
 
@@ -21,19 +24,25 @@ class Rival:
 
 
 def choose_promising(
-    candidates: Sequence[CandidateRecord], count: int, *, least_top1: float, max_latency_ms: float | None
+    candidates: Sequence[CandidateRecord],
+    count: int,
+    *,
+    num_images: int,
+    least_top1: float,
+    max_latency_ms: float | None,
 ) -> list[CandidateRecord]:
     """Non-dominated candidates by estimated accuracy and predicted latency, then the next fronts behind them.
 
     Args:
         candidates: Screened ones; others are ignored.
         count: How many.
+        num_images: Search images that the estimates to compare were made on.
         least_top1: Candidates below are taken only when too few reach it.
         max_latency_ms: Slower ones are left out.
     """
     points = []
     for candidate in candidates:
-        evaluation = evaluation_of(candidate, "screened")
+        evaluation = screened_on(candidate, num_images)
         if evaluation is None or candidate.predicted_ms is None:
             continue
         if max_latency_ms is None or candidate.predicted_ms <= max_latency_ms:
@@ -45,6 +54,12 @@ def choose_promising(
             chosen += spread([point.candidate for point in front], count - len(chosen))
             rivals = [point for point in rivals if point not in front]
     return chosen
+
+
+def screened_on(candidate: CandidateRecord, num_images: int) -> EvaluationRecord | None:
+    """The estimate that was made on so many search images."""
+    found = (e for e in candidate.evaluations if e.fidelity == "screened" and e.num_images == num_images)
+    return next(found, None)
 
 
 def choose_marks(candidates: Sequence[CandidateRecord]) -> list[CandidateRecord]:

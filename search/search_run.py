@@ -29,7 +29,14 @@ from search.checkpoints import find_checkpoint
 from search.documents import Fidelity, SearchJob
 from search.job_run import JobFailure, JobRun
 from search.pareto import USEFUL_LOSS, build_front, evaluation_of, measurement_of, pareto_front
-from search.promotion import Rival, choose_marks, choose_promising, spread
+from search.promotion import (
+    FINALISTS_PER_PLACE,
+    Rival,
+    choose_marks,
+    choose_promising,
+    screened_on,
+    spread,
+)
 from search.proposals import Proposer, Told
 from search.seeds import seeds_for, transfer
 from search.space import ScheduleSpace, Variances
@@ -384,15 +391,36 @@ class SearchRun:
         candidates = self._candidates()
         marks = choose_marks(candidates)
         contenders = [c for c in candidates if c.origin in ("published", "sampler") and c not in marks]
-        screened = evaluation_of(candidates[0], "screened")
-        assert screened is not None
-        chosen = choose_promising(
+        places, sample = self.job.budget.measure_top, self._num_images("search", self.job.budget.search_images)
+        finalists = self._most_promising(contenders, FINALISTS_PER_PLACE * places, sample)
+        everything = self._num_images("search", None)
+        judged = [candidates[0], *marks, *finalists]  # as the store has them now
+        self._judge([c for c in judged if screened_on(c, everything) is None])
+        current = {c.number: c for c in self._candidates()}
+        return [dense, *marks, *self._most_promising([current[c.number] for c in finalists], places, everything)]
+
+    def _most_promising(
+        self, contenders: Sequence[CandidateRecord], count: int, num_images: int
+    ) -> list[CandidateRecord]:
+        dense = screened_on(self.store.get_candidate(self.run.id, 0), num_images)
+        assert dense is not None
+        return choose_promising(
             contenders,
-            self.job.budget.measure_top,
-            least_top1=screened.top1 - USEFUL_LOSS,
+            count,
+            num_images=num_images,
+            least_top1=dense.top1 - USEFUL_LOSS,
             max_latency_ms=self.job.constraints.max_latency_ms,
         )
-        return [dense, *marks, *chosen]
+
+    def _judge(self, candidates: Sequence[CandidateRecord]) -> None:
+        """Estimate accuracy on all search images, dense first since the others are compared with it."""
+        self._evaluate(
+            sorted(candidates, key=lambda c: c.origin != "dense"),
+            "screened",
+            "search",
+            None,
+            stage="screening finalists",
+        )
 
     def _measure(self, candidates: Sequence[CandidateRecord], stage: str, title: str) -> None:
         done = {

@@ -270,3 +270,18 @@ def test_jobs_run_by_priority_and_only_kinds_that_a_controller_knows(store, sett
 def _finetuned(store, job_id) -> int:
     """Candidates whose key appears twice for the test split, off the shelf and fine-tuned."""
     return sum(any(e.fidelity == "finetuned" for e in c.evaluations) for c in store.list_candidates(job_id))
+
+
+def test_what_was_screened_on_a_sample_is_judged_on_all_search_images_before_it_is_promoted(store, settings):
+    engine = FakeEngine()
+    job = run_to_end(store, engine, settings, search_body(budget={"search_images": 4}))
+    assert job.state is JobState.SUCCEEDED, job.failure
+    candidates = store.list_candidates(job.id)
+    images = {c.number: sorted(e.num_images for e in c.evaluations if e.split == "search") for c in candidates}
+    assert all(min(found) == 4 for found in images.values())
+    everything = max(images[0])
+    assert everything > 4
+    measured = [c.number for c in candidates if c.measurements]
+    judged = [number for number, found in images.items() if everything in found]
+    assert set(measured) <= set(judged), "nothing is measured that was only judged on a sample"
+    assert len(measured) < len(judged) < len(candidates)

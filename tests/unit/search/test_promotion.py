@@ -10,7 +10,7 @@ def screened(number: int, top1: float, predicted_ms: float) -> CandidateRecord:
 
 
 def promoted(candidates: list[CandidateRecord], count: int, max_latency_ms: float | None = None) -> list[int]:
-    chosen = choose_promising(candidates, count, least_top1=0.90, max_latency_ms=max_latency_ms)
+    chosen = choose_promising(candidates, count, num_images=100, least_top1=0.90, max_latency_ms=max_latency_ms)
     return [c.number for c in chosen]
 
 
