@@ -32,6 +32,7 @@ from prunefront.config import ModelSpec, PruneConfig
 from prunefront.files import write_json_atomic
 from prunefront.geometry import block_key, geometry_for
 from prunefront.schedule import plan_schedule
+from prunefront.training.digit_scenes import num_scenes
 from prunefront.training.evaluate import pack_correct
 from search.controller import Controller
 from search.settings import ControllerSettings
@@ -131,7 +132,7 @@ def _tokens(config: PruneConfig) -> int:
 
 
 def _evaluation(entry: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
-    count = payload["num_images"] or 4200
+    count = payload["num_images"] or num_scenes(payload["split"])
     config = PruneConfig.model_validate(entry["config"])
     share = min(_tokens(config) / _tokens(PruneConfig(model=MODEL, method="hybrid")), 1.0)
     right = 0.99 - 0.3 * (1 - share) ** 2 - 0.02 * int(config.content_hash()[-4:], 16) / 0xFFFF
