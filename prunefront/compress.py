@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunefront.backbones.compressed import Compressed, compressed_class
+from prunefront.backbones.lvvit import CompressedLVViT, LVViT
 from prunefront.backbones.vit import CompressedVisionTransformer
 from prunefront.config import ConfigSource, ModelSpec, PruneConfig, load_config
 from prunefront.errors import CheckpointError, ConfigError, ModelError
@@ -36,7 +37,10 @@ _METADATA_KEY = "prunefront_config"
 _PREDICTORS = "score_predictor"
 
 # Backbone → how it walks; the first that fits.
-_MIXINS: tuple[tuple[type, type[Compressed]], ...] = ((VisionTransformer, CompressedVisionTransformer),)
+_MIXINS: tuple[tuple[type, type[Compressed]], ...] = (
+    (LVViT, CompressedLVViT),
+    (VisionTransformer, CompressedVisionTransformer),
+)
 
 _log = logging.getLogger(__name__)
 
