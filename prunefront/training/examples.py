@@ -292,11 +292,14 @@ class ExampleSelection:
             generator = np.random.RandomState()
             saved = state["generator"]
             key = np.array(saved["key"], dtype=np.uint32)
-            generator.set_state((saved["name"], key, int(saved["position"]), 0, 0.0))
+            position = int(saved["position"])
+            if not 0 <= position <= len(key):  # numpy would read beyond the key
+                raise ValueError(f"the generator's position is {position} of {len(key)}")
+            generator.set_state((saved["name"], key, position, 0, 0.0))
             epoch, events_done = int(state["epoch"]), int(state["events_done"])
             pending = [int(due) for due in state["pending"]]
             self._check_lists(arrays)
-        except (KeyError, TypeError, ValueError, OverflowError, zlib.error, binascii.Error) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, zlib.error, binascii.Error) as error:
             raise CheckpointError(
                 f"The state of the example selection is damaged ({type(error).__name__}: {error}). Resume from another "
                 "checkpoint."
