@@ -147,7 +147,7 @@ def _reduction_macs(
         if step.op == "merge_mean" and step.removed:
             add("similarity", step.removed * step.kept * width)
             add("merge", step.removed * step.kept * width)
-    if ranks:
+    if ranks and options.get("attn_ratio", 1.0) == 1.0:  # else the whole attention map is at hand
         add("class_row", block.tokens_in * geometry.num_heads * geometry.head_dim)
     return operators
 

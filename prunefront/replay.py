@@ -17,7 +17,7 @@ from prunefront.backbones.lvvit import LVViT
 from prunefront.errors import ConfigError
 from prunefront.methods.base import Aux, Masking, SiteRecord
 from prunefront.methods.dynamicvit import TokenPredictor
-from prunefront.methods.spvit import TokenSelector
+from prunefront.methods.spvit import TokenSelector, shared_heads
 from prunefront.ops.attention import masked_softmax
 from prunefront.ops.tokens import Tokens, with_prefix
 
@@ -405,8 +405,6 @@ def _masked_block(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
 
 
 def _predictor(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    from prunefront.official import shared_heads
-
     x, policy = tensors["x"], tensors["policy"].squeeze(-1)
     state = {name: value.float() for name, value in _weights(tensors).items()}
     module: TokenSelector | TokenPredictor

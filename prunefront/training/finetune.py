@@ -27,7 +27,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from prunefront.compress import is_compressed, save_model
+from prunefront.checkpoints import save_model
+from prunefront.compress import is_compressed
 from prunefront.errors import CheckpointError, ConfigError, DatasetError
 from prunefront.files import write_atomic
 from prunefront.training.data import (
