@@ -16,6 +16,7 @@ _METHODS = {
     "ppt": ("prunefront.methods.ppt", "PPT"),
     "tome": ("prunefront.methods.tome", "ToMe"),
     "diffrate": ("prunefront.methods.diffrate", "DiffRate"),
+    "trilevel": ("prunefront.methods.trilevel", "TriLevel"),
     "hybrid": ("prunefront.methods.hybrid", "Hybrid"),
 }
 

@@ -144,6 +144,7 @@ class Method(ABC):
     carries_added_tokens: ClassVar[bool] = False  # else an added token is ranked like any other at the next site
     masks_in_training: ClassVar[bool] = False  # nothing is removed while the model trains
     resizes_position_embedding: ClassVar[bool] = False
+    runs_on_stages: ClassVar[bool] = False  # models of several stages with windowed attention (Swin)
     options_model: ClassVar[type[MethodOptions]] = MethodOptions
 
     @property
@@ -200,6 +201,13 @@ class Method(ABC):
         Raises:
             ModelError: With the reason and what works instead.
         """
+        if geometry.stages:
+            if sites and not self.runs_on_stages:
+                raise ModelError(
+                    f"Method {self.name!r} does not run on Swin, whose blocks attend inside windows of a grid that has "
+                    "to stay whole between stages. Use trilevel, or a plain ViT."
+                )
+            return
         ranking = sorted({site.op for site in sites if site.op in self.ranking_ops})
         if ranking and not geometry.has_class_token:
             raise ModelError(
