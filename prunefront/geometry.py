@@ -93,6 +93,19 @@ def block_key(geometry: ModelGeometry) -> str:
     return geometry.block
 
 
+def require_equal_blocks(geometry: ModelGeometry, name: str) -> None:
+    """Refuse a model whose blocks differ, which one latency table cannot describe.
+
+    Raises:
+        ModelError: With what such a model can be used for.
+    """
+    if geometry.stages:
+        raise ModelError(
+            f"{name} has {len(geometry.stages)} kinds of blocks, but latency tables, and searches that need one, take "
+            "models whose blocks are all alike. Measure its configs as a whole instead, or use a plain ViT."
+        )
+
+
 def require_supported(model: nn.Module) -> nn.Module:
     """Return ``model``, a plain ViT or Swin.
 
@@ -330,6 +343,7 @@ __all__ = [
     "build_timm_model",
     "geometry_for",
     "geometry_of",
+    "require_equal_blocks",
     "require_supported",
     "spec_of",
 ]

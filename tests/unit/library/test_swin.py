@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import prunefront
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.errors import CheckpointError, ConfigError, InputError, ModelError
+from prunefront.geometry import geometry_for, require_equal_blocks
 from prunefront.macs import macs_detail
 from prunefront.official_swin import replay_swin, swin_from_official, swin_sites
 from tests.unit.library import models
@@ -223,6 +224,22 @@ def test_the_official_form_equals_its_description(name: str) -> None:
         torch.testing.assert_close(prunefront.compress(dense, config)(images), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_masked_tokens_return_in_official_form_as_described() -> None:
+    config = _config(
+        [{"block": 2, "op": "prune", "tokens": 25}, {"block": 3, "op": "prune", "tokens": 20}], tie="official"
+    )
+    dense, images = models.build(config.model), _images(8)
+    for name, parameter in dense.named_parameters():
+        if "qkv" in name:
+            parameter.data.mul_(6)  # sharp attention
+    with torch.no_grad():
+        logits, aux = prunefront.compress(dense, config)(images, return_aux=True)
+        expected = _masked_reference(dense, images, {2: 25, 3: 20}, official=True)
+    first, second = (record.values["mask"] for record in aux.sites)
+    assert (second & ~first).any()
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_windows_without_a_token_change_nothing() -> None:
     config = _config([{"block": 2, "op": "prune", "tokens": 2}])
     dense = models.build(config.model)
@@ -424,6 +441,11 @@ def test_a_changed_block_is_refused_by_name() -> None:
     dense.layers[1].blocks[2] = OtherBlock()
     with pytest.raises(ModelError, match="OtherBlock in stage 1"):
         prunefront.compress(dense, _config())
+
+
+def test_latency_tables_are_refused() -> None:
+    with pytest.raises(ModelError, match="has 3 kinds of blocks.*Measure its configs as a whole"):
+        require_equal_blocks(geometry_for(_spec()), "swin_tiny")
 
 
 def test_what_cannot_be_on_this_swin_is_refused() -> None:
