@@ -81,6 +81,7 @@ def swin_geometry_of(model: SwinTransformer) -> ModelGeometry:
         global_pool=swin.global_pool,
         stem_macs=_stem_macs(swin),
         head_macs=_linear_macs(head) if isinstance(head, nn.Linear) else 0,
+        token_head_macs=0,
         pool_macs_fixed=0,
         pool_macs_per_token=0,
         pool_macs_per_token_pair=0,

@@ -413,7 +413,8 @@ def test_saved_models_load_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "op"), [("evit", "fuse"), ("tome", "merge"), ("ppt", "pool_or_prune"), ("hybrid", "merge")]
+    ("method", "op"),
+    [("evit", "fuse"), ("tome", "merge"), ("hybrid", "merge"), ("dynamicvit", "select"), ("spvit", "select")],
 )
 def test_other_methods_are_refused(method: str, op: str) -> None:
     config = models.config(method, [{"block": 2, "op": op, "tokens": 20}], _spec())
