@@ -13,11 +13,13 @@ from collections.abc import Hashable
 from typing import Any, cast
 
 import timm
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from prunefront.backbones.compressed import Compressed, compressed_class
 from prunefront.backbones.lvvit import CompressedLVViT, LVViT
+from prunefront.backbones.swin import CompressedSwinTransformer
 from prunefront.backbones.vit import CompressedVisionTransformer
 from prunefront.checkpoints import PREDICTORS, load_weights, read_saved_config
 from prunefront.config import ConfigSource, ModelSpec, PruneConfig, load_config
@@ -25,12 +27,13 @@ from prunefront.errors import CheckpointError, ModelError
 from prunefront.geometry import ModelGeometry, build_timm_model, geometry_for, geometry_of, require_supported
 from prunefront.methods.base import Method
 from prunefront.registry import get_method
-from prunefront.schedule import plan_blocks
+from prunefront.schedule import plan_model
 
 # Backbone → how it walks; the first that fits.
 _MIXINS: tuple[tuple[type, type[Compressed]], ...] = (
     (LVViT, CompressedLVViT),
     (VisionTransformer, CompressedVisionTransformer),
+    (SwinTransformer, CompressedSwinTransformer),
 )
 
 
@@ -44,7 +47,7 @@ def compress(model: nn.Module, config: ConfigSource) -> nn.Module:
     Parameters and buffers are shared, so training one trains the other.
 
     Args:
-        model: A timm VisionTransformer, compressed or not.
+        model: A timm VisionTransformer or SwinTransformer, compressed or not.
         config: Config, dict, path or open file. Its model must have the token counts of ``model``.
 
     Raises:
@@ -62,14 +65,7 @@ def compress(model: nn.Module, config: ConfigSource) -> nn.Module:
     vit.__class__ = compressed_class(cast(Hashable, mixin), cast(Hashable, type(base)))
     vit.prune_config = config
     vit._method = method
-    vit._blocks_plan = plan_blocks(
-        method,
-        config.options,
-        config.sites,
-        depth=geometry.depth,
-        num_patch_tokens=geometry.num_patch_tokens,
-        num_prefix_tokens=geometry.num_prefix_tokens,
-    )
+    vit._blocks_plan = plan_model(method, config.options, config.sites, geometry)
     predictors = _predictors(method, geometry, config, model)
     if predictors is not None:
         place = next(model.parameters())
@@ -117,10 +113,10 @@ def _share(model: nn.Module) -> nn.Module:
 def _check_fits(config: PruneConfig, geometry: ModelGeometry) -> None:
     """A config made for another resolution or depth would silently mean something else here."""
     if timm.is_model(config.model.name):
-        depth = geometry_for(config.model).depth
-        if depth != geometry.depth:
+        expected, got = _blocks_of(geometry_for(config.model)), _blocks_of(geometry)
+        if expected != got:
             raise ModelError(
-                f"The config is for {config.model.name} with {depth} blocks, but this model has {geometry.depth}. "
+                f"The config is for {config.model.name} with {expected} blocks, but this model has {got}. "
                 "Use prunefront.create_model(config), or a config made for this model."
             )
     if config.model.img_size is not None:
@@ -131,6 +127,10 @@ def _check_fits(config: PruneConfig, geometry: ModelGeometry) -> None:
                 f"{geometry.img_size[0]} x {geometry.img_size[1]}. Use prunefront.create_model(config) "
                 "or change model.img_size in the config."
             )
+
+
+def _blocks_of(geometry: ModelGeometry) -> str:
+    return "+".join(str(stage.depth) for stage in geometry.stages) or str(geometry.depth)
 
 
 def create_dense(

@@ -17,6 +17,7 @@ from prunefront.errors import CheckpointError, ConfigError, PrunefrontError
 from prunefront.geometry import build_timm_model
 from prunefront.methods.base import Aux
 from prunefront.methods.spvit import TokenSelector, shared_heads
+from prunefront.official_swin import swin_from_official
 from prunefront.published_schedules import (
     DYNAMICVIT_RATE,
     EVIT_LOCATIONS,
@@ -50,7 +51,7 @@ def from_official(
         method: "evit", "ppt", "tome", "diffrate", "dynamicvit", "spvit" or "trilevel"; "lvvit" for the dense backbone.
         model: Architecture: ``img_size`` (int or [H, W]), ``patch_size``, ``embed_dim``, ``depth``, ``num_heads``,
             ``mlp_ratio``, ``qkv_bias``, ``num_classes``, ``in_chans``, ``distilled``, ``layernorm_eps``; with ``arch``
-            "lvvit" also ``skip_lam`` and ``stem_width``.
+            "lvvit" also ``skip_lam`` and ``stem_width``; with ``depths`` a Swin, which has ``window_size`` too.
         hparams: The method's hyper-parameters under its repository's names; may be empty.
         weights: State dict under the repository's names.
 
@@ -60,6 +61,10 @@ def from_official(
     """
     if method != "lvvit":
         get_method(method)
+    if "depths" in model:
+        if method != "trilevel":
+            raise ConfigError(f"Swin was pruned by trilevel alone, but got {method!r}. Use another architecture.")
+        return swin_from_official(model, hparams, weights)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()

@@ -18,6 +18,7 @@ from prunefront.errors import ConfigError
 from prunefront.methods.base import Aux, Masking, SiteRecord
 from prunefront.methods.dynamicvit import TokenPredictor
 from prunefront.methods.spvit import TokenSelector, shared_heads
+from prunefront.official_swin import replay_swin
 from prunefront.ops.attention import masked_softmax
 from prunefront.ops.tokens import Tokens, with_prefix
 
@@ -67,6 +68,8 @@ def _built(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _eval_forward(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "depths" in case["model"]:
+        return replay_swin(case, tensors)
     method = str(case["method"])
     model = _built(case, tensors)
     images = recorded_input(case, tensors)
