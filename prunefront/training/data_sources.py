@@ -1,4 +1,4 @@
-"""Decoded images of a split, from wherever they lie: rendered, in folders, behind timm's readers, or streamed."""
+"""Decoded images of a split, wherever they lie: rendered, in folders or LMDBs, behind timm's readers, or streamed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 
 from prunefront.errors import DatasetError, UnknownNameError
 from prunefront.training import digit_scenes
 from prunefront.training.dataset_ids import SPLITS, Dataset, SplitName, has_image
+from prunefront.training.lmdb_images import LMDB_SUFFIX, LmdbReader
 from prunefront.training.split_plan import held_out_indices, own_splits, plan_splits
 
 _SCENES_PER_BLOCK = 256
@@ -163,7 +164,7 @@ def open_source(dataset: Dataset, split: SplitName) -> ImageSource | StreamedSou
     images = _open_indexed(dataset, own[origin.donor])
     classes, labels = _class_names(dataset, images), None
     reference = next(name for role in SPLITS if (name := own.get(role)) is not None)
-    if dataset.scheme == "folder" and reference != own[origin.donor]:
+    if dataset.is_named_by_paths and reference != own[origin.donor]:
         expected = _class_names(dataset, _open_indexed(dataset, reference))
         if not set(classes) <= set(expected):
             extra = sorted(set(classes) - set(expected))
@@ -212,14 +213,17 @@ def _class_names(dataset: Dataset, images: Any) -> list[str]:
 
 def _image_keys(images: Any) -> list[str]:
     """A name per image: the path below its split, or the running number where images have none."""
-    if type(getattr(images, "reader", None)).__name__ in ("ReaderImageFolder", "ReaderImageInTar"):
+    if type(getattr(images, "reader", None)).__name__ in ("ReaderImageFolder", "ReaderImageInTar", "LmdbReader"):
         return [name.replace(os.sep, "/") for name in images.filenames()]
     return [str(index) for index in range(len(images))]
 
 
 def _open_indexed(dataset: Dataset, own_name: str) -> Any:
-    if dataset.scheme == "folder":
-        return _scan_folder(dataset.id, own_name, os.stat(own_name).st_mtime_ns)
+    if dataset.is_named_by_paths:
+        status = os.stat(own_name)
+        if own_name.endswith(LMDB_SUFFIX):
+            return _open_lmdb(own_name, (status.st_dev, status.st_ino, status.st_mtime_ns))
+        return _scan_folder(dataset.id, own_name, status.st_mtime_ns)
     return _create(dataset, own_name, {})
 
 
@@ -231,6 +235,12 @@ def _scan_folder(dataset_id: str, location: str, modified_ns: int) -> Any:
             f"The dataset {dataset_id!r} has no images in {location}. Put one folder of images per class there."
         )
     return _create_or_explain(dataset_id, location, lambda: create_dataset("", root=location, search_split=False))
+
+
+@lru_cache(maxsize=8)
+def _open_lmdb(location: str, identity: tuple[int, int, int]) -> Any:
+    """Open an LMDB once per process and file, so that its names are read once."""
+    return ImageDataset(location, reader=LmdbReader(location))
 
 
 def _create(dataset: Dataset, own_name: str, stream_options: Mapping[str, Any]) -> Any:
