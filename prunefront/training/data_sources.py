@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
 
-from prunefront.errors import DatasetError, UnknownNameError
+from prunefront.errors import CorruptImageError, DatasetError, UnknownNameError
 from prunefront.training import digit_scenes
 from prunefront.training.dataset_ids import SPLITS, Dataset, SplitName, has_image
 from prunefront.training.lmdb_images import LMDB_SUFFIX, LmdbReader
@@ -33,8 +35,15 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
-        """Return image ``index`` and its label; ``epoch`` matters only where images are rendered anew each epoch."""
+    def load(self, index: int, epoch: int, repeat: int = 0) -> tuple[Image.Image, int]:
+        """Return image ``index`` and its label.
+
+        ``epoch`` and ``repeat`` (which time the epoch shows the image) matter only where images are rendered anew.
+
+        Raises:
+            CorruptImageError: If the image cannot be decoded.
+            DatasetError: If its file cannot be read.
+        """
         ...
 
 
@@ -51,17 +60,18 @@ class DigitScenesSource:
     def __len__(self) -> int:
         return digit_scenes.num_scenes(self._split)
 
-    def load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
+    def load(self, index: int, epoch: int, repeat: int = 0) -> tuple[Image.Image, int]:
         block, place = divmod(index, _SCENES_PER_BLOCK)
-        scenes = _rendered_block(self._split, block, epoch if self._split == "train" else 0)
+        variant = (epoch, repeat) if self._split == "train" else (0, 0)
+        scenes = _rendered_block(self._split, block, variant)
         return Image.fromarray(scenes.images[place]), int(scenes.labels[place])
 
 
 @lru_cache(maxsize=_MAX_BLOCKS)
-def _rendered_block(split: SplitName, block: int, epoch: int) -> digit_scenes.Scenes:
+def _rendered_block(split: SplitName, block: int, variant: tuple[int, int]) -> digit_scenes.Scenes:
     start = block * _SCENES_PER_BLOCK
     end = min(start + _SCENES_PER_BLOCK, digit_scenes.num_scenes(split))
-    return digit_scenes.render_scenes(split, range(start, end), epoch)
+    return digit_scenes.render_scenes(split, range(start, end), *variant)
 
 
 class IndexedSource:
@@ -86,7 +96,7 @@ class IndexedSource:
     def __len__(self) -> int:
         return len(self._dataset) if self._indices is None else len(self._indices)
 
-    def load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
+    def load(self, index: int, epoch: int, repeat: int = 0) -> tuple[Image.Image, int]:
         place = index if self._indices is None else int(self._indices[index])
         image, label = self._read(place)
         return image, int(label if self._labels is None else self._labels[label])
@@ -94,20 +104,44 @@ class IndexedSource:
     def _read(self, place: int) -> tuple[Image.Image, int]:
         reader = getattr(self._dataset, "reader", None)
         if reader is None:
-            image, label = self._dataset[place]
-            return image, int(label)
+            return self._read_decoded(place)
         # Read through the reader: timm's dataset would silently serve the next image in place of an unreadable one,
         # which then counts twice.
         try:
             file, label = reader[place]
             with file:
-                image = Image.open(file)
-                image.load()
-        except (OSError, SyntaxError) as error:
-            raise DatasetError(
-                f"Could not read the image {self._dataset.filename(place)!r}: {error}. Repair or remove that file."
-            ) from error
+                content = file.read()
+        except (OSError, tarfile.TarError) as error:
+            raise _unreadable(self._dataset.filename(place), error) from error
+        try:
+            image = Image.open(io.BytesIO(content))
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise errors of every kind when the bytes are wrong
+            raise CorruptImageError.of(self._dataset.filename(place), _decoding_reason(error)) from error
         return image, int(label)
+
+    def _read_decoded(self, place: int) -> tuple[Image.Image, int]:
+        """Read from a dataset that decodes by itself."""
+        try:
+            image, label = self._dataset[place]
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            # Pillow's own errors have no number; the operating system's have one.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise _unreadable(error.filename or f"number {place}", error) from error
+            raise CorruptImageError.of(f"number {place}", _decoding_reason(error)) from error
+        return image, int(label)
+
+
+def _unreadable(name: str, error: Exception) -> DatasetError:
+    return DatasetError(f"Could not read the image {name!r}: {error}. Repair or remove that file.")
+
+
+def _decoding_reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it has no known image format"
+    return str(error) or type(error).__name__
 
 
 class StreamedSource:

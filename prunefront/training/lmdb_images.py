@@ -1,9 +1,9 @@
 """Folders of images in one LMDB file: what ``prunefront data lmdb`` writes (``lmdb_builder``) and datasets read.
 
 A record is the image's label, four bytes little-endian, followed by the image file as it was; its key is its running
-number, eight bytes big-endian, in the order in which timm reads the folder (``9.png`` before ``10.png``). After the records come ``meta``
-(format, count, class names, a digest) and ``names`` (each image's path below the folder), both JSON: an LMDB gives
-the splits its folder gives, since these are held out by a hash of the names. Nothing is pickled.
+number, eight bytes big-endian, in the order in which timm reads the folder (``9.png`` before ``10.png``). After the
+records come ``meta`` (format, count, class names, a digest) and ``names`` (each image's path below the folder), both
+JSON: an LMDB gives the splits its folder gives, since these are held out by a hash of the names. Nothing is pickled.
 """
 
 from __future__ import annotations
