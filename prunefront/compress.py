@@ -19,10 +19,12 @@ import safetensors
 import timm
 import torch
 from safetensors.torch import load_file, save
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prunefront.backbones.compressed import Compressed, compressed_class
+from prunefront.backbones.eva import CompressedEva
 from prunefront.backbones.vit import CompressedVisionTransformer
 from prunefront.config import ConfigSource, ModelSpec, PruneConfig, load_config
 from prunefront.errors import CheckpointError, ConfigError, ModelError
@@ -36,7 +38,10 @@ _METADATA_KEY = "prunefront_config"
 _PREDICTORS = "score_predictor"
 
 # Backbone → how it walks; the first that fits.
-_MIXINS: tuple[tuple[type, type[Compressed]], ...] = ((VisionTransformer, CompressedVisionTransformer),)
+_MIXINS: tuple[tuple[type, type[Compressed]], ...] = (
+    (VisionTransformer, CompressedVisionTransformer),
+    (Eva, CompressedEva),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +56,7 @@ def compress(model: nn.Module, config: ConfigSource) -> nn.Module:
     Parameters and buffers are shared, so training one trains the other.
 
     Args:
-        model: A timm VisionTransformer, compressed or not.
+        model: A timm VisionTransformer or Eva, compressed or not.
         config: Config, dict, path or open file. Its model must have the token counts of ``model``.
 
     Raises:
