@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from prunefront.backbones.compressed import Compressed, compressed_class
 from prunefront.backbones.eva import CompressedEva
+from prunefront.backbones.lvvit import CompressedLVViT, LVViT
 from prunefront.backbones.vit import CompressedVisionTransformer
 from prunefront.config import ConfigSource, ModelSpec, PruneConfig, load_config
 from prunefront.errors import CheckpointError, ConfigError, ModelError
@@ -39,6 +40,7 @@ _PREDICTORS = "score_predictor"
 
 # Backbone → how it walks; the first that fits.
 _MIXINS: tuple[tuple[type, type[Compressed]], ...] = (
+    (LVViT, CompressedLVViT),
     (VisionTransformer, CompressedVisionTransformer),
     (Eva, CompressedEva),
 )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from prunefront.backbones.compressed import Compressed, Heads
 from prunefront.blocks import Blocks, ViTBlocks
 from prunefront.errors import InputError, ModelError
+from prunefront.geometry import in_chans_of
 from prunefront.ops.attention import log_size_bias
 from prunefront.ops.tokens import Tokens, initial_places
 
@@ -38,10 +39,8 @@ class CompressedVisionTransformer(Compressed):
         return cast(Tensor, vit.norm_pre(vit.patch_drop(x)))
 
     def _check_images(self, images: Tensor) -> None:
-        vit = cast(VisionTransformer, self)
-        conv = getattr(vit.patch_embed, "proj", None)
-        if images.ndim != 4 or (isinstance(conv, nn.Conv2d) and images.shape[1] != conv.in_channels):
-            channels = conv.in_channels if isinstance(conv, nn.Conv2d) else "its"
+        channels = in_chans_of(cast(VisionTransformer, self))
+        if images.ndim != 4 or images.shape[1] != channels:
             raise InputError(
                 f"Expected images of shape (batch, {channels} channels, height, width), but got {tuple(images.shape)}. "
                 "Add the batch dimension or convert the channels."
@@ -66,9 +65,9 @@ class CompressedVisionTransformer(Compressed):
                 f"Image sides must be multiples of the patch size {patch[0]} x {patch[1]}, "
                 f"but got {images.shape[-2]} x {images.shape[-1]}. Resize or pad the images."
             )
-        features = vit.patch_embed.proj(images)
+        features = getattr(vit.patch_embed, "convolve", vit.patch_embed.proj)(images)
         grid = features.shape[-2:]
-        x = vit.patch_embed.norm(features.flatten(2).transpose(1, 2))
+        x = getattr(vit.patch_embed, "norm", nn.Identity())(features.flatten(2).transpose(1, 2))
         prefix = [
             token for token in (vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token) if token is not None
         ]
