@@ -23,7 +23,10 @@ from prunefront.errors import ModelError, UnknownNameError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelGeometry:
-    """Sizes of a plain ViT. Token counts are per image; ``*_macs_per_token`` count one token through linear layers."""
+    """Sizes of a plain or rotary ViT.
+
+    Token counts are per image; ``*_macs_per_token`` count one token through linear layers.
+    """
 
     embed_dim: int
     depth: int

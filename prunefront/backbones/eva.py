@@ -19,6 +19,18 @@ from prunefront.ops.tokens import Tokens, initial_places
 EVA_BLOCKS: Blocks = EvaBlocks()
 
 
+def embed(eva: Eva, images: Tensor) -> Tokens:
+    """Images (B, C, H, W) to what enters block 0, with the rotations of the grid."""
+    x, rotations = eva._pos_embed(eva.patch_embed(images))
+    x = eva.norm_pre(x)
+    places = initial_places(x, eva.num_prefix_tokens)
+    rotary = None
+    if rotations is not None:
+        tables = rotation_tables(rotations, per_block=getattr(eva, "rope_mixed", False))
+        rotary = Rotary(tables=tables, initial=places)
+    return Tokens(x=x, num_prefix=eva.num_prefix_tokens, places=places, rotary=rotary)
+
+
 class CompressedEva(CompressedVisionTransformer):
     """Mixin in front of timm's ``Eva``. Made by `prunefront.compress`.
 
@@ -38,14 +50,7 @@ class CompressedEva(CompressedVisionTransformer):
         self._check_images(images)
         if tuple(images.shape[-2:]) != tuple(eva.patch_embed.img_size) and not eva.dynamic_img_size:
             raise self._wrong_size(images)
-        x, rotations = eva._pos_embed(eva.patch_embed(images))
-        x = eva.norm_pre(x)
-        places = initial_places(x, eva.num_prefix_tokens)
-        rotary = None
-        if rotations is not None:
-            tables = rotation_tables(rotations, per_block=getattr(eva, "rope_mixed", False))
-            rotary = Rotary(tables=tables, initial=places)
-        return Tokens(x=x, num_prefix=eva.num_prefix_tokens, places=places, rotary=rotary)
+        return embed(eva, images)
 
     def _entering(self, tokens: Tokens, block: int) -> Tokens:
         if tokens.rotary is None:
