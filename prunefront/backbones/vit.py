@@ -9,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunefront import geometry
 from prunefront.backbones.compressed import Compressed, Heads
 from prunefront.blocks import Blocks, ViTBlocks
 from prunefront.errors import InputError, ModelError
-from prunefront.geometry import in_chans_of
 from prunefront.ops.attention import log_size_bias
 from prunefront.ops.tokens import Tokens, initial_places
 
@@ -39,7 +39,7 @@ class CompressedVisionTransformer(Compressed):
         return cast(Tensor, vit.norm_pre(vit.patch_drop(x)))
 
     def _check_images(self, images: Tensor) -> None:
-        channels = in_chans_of(cast(VisionTransformer, self))
+        channels = geometry.in_chans_of(cast(VisionTransformer, self))
         if images.ndim != 4 or images.shape[1] != channels:
             raise InputError(
                 f"Expected images of shape (batch, {channels} channels, height, width), but got {tuple(images.shape)}. "
