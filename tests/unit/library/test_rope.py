@@ -240,6 +240,33 @@ def test_every_method_runs_and_no_image_depends_on_its_batch(name: str, method: 
         torch.testing.assert_close(torch.cat([model(image[None]) for image in images]), whole, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("method", ["dynamicvit", "spvit"])
+def test_learned_selection_trains_by_masking_and_removes_in_evaluation(name: str, method: str) -> None:
+    spec = ARCHITECTURES[name]
+    sites = [{"block": 1, "op": "select", "keep_ratio": 0.6}, {"block": 2, "op": "select", "keep_ratio": 0.5}]
+    torch.manual_seed(0)
+    model = prunefront.compress(models.build(spec), models.config(method, sites, spec))
+    images = _images(spec, batch=4)
+    with torch.no_grad():
+        whole = model(images)
+        assert whole.isfinite().all()
+        torch.testing.assert_close(model(images.flip(0)).flip(0), whole, atol=1e-4, rtol=0)
+    model.train()
+    model(images).square().sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "blocks" in n or "rope" in n)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_trilevel_pruning_runs_on_rotary_models(name: str) -> None:
+    spec = ARCHITECTURES[name]
+    sites = [{"block": 0, "op": "prune", "tokens": 20}]
+    model = prunefront.compress(models.build(spec), models.config("trilevel", sites, spec))
+    with torch.no_grad():
+        _, aux = model(_images(spec), return_aux=True)
+    assert aux.tokens.shape[1] == prunefront.token_counts(model.prune_config).tokens_out[-1]
+
+
 @pytest.mark.parametrize("name", ["eva02", "perception-encoder", "avgmax"])
 def test_pooling_weights_merged_tokens_by_their_size(name: str) -> None:
     spec = ARCHITECTURES[name]
