@@ -58,6 +58,7 @@ from latency_tables.parts import (
     SIZED_ATTENTION,
     STEM,
     AttentionHalf,
+    Frame,
     Head,
     MlpHalf,
     ReducingBlock,
@@ -231,6 +232,7 @@ class _Build:
         self.model = cast(VisionTransformer, cast_modules([dense], TORCH_DTYPES[dtype], device)[0].eval())
         self.geometry: ModelGeometry = geometry_of(self.model)
         require_equal_blocks(self.geometry, spec.name)
+        self.frame = Frame.of(self.model)
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, self.geometry.in_chans, *self.geometry.img_size)
         self.images = torch.randn(shape, generator=generator).to(device=device, dtype=TORCH_DTYPES[dtype])
@@ -379,7 +381,8 @@ class _Build:
         x = self.tokens[:, :tokens].contiguous()
         attention = SIZED_ATTENTION if sized else ATTENTION
         pairs = [
-            (self._part(AttentionHalf(block, sized=sized)), self._part(MlpHalf(block))) for block in self._timed_blocks
+            (self._part(AttentionHalf(block, self.frame, sized=sized)), self._part(MlpHalf(block, self.frame)))
+            for block in self._timed_blocks
         ]
         turns = itertools.cycle(pairs)
         count = min(len(pairs), self.settings.chain_blocks)
@@ -425,10 +428,7 @@ class _Build:
         if steps is None:
             return None
         x = self.tokens[:, :tokens].contiguous()
-        parts = [
-            self._part(ReducingBlock(block, kind, steps, self.geometry.num_prefix_tokens))
-            for block in self._timed_blocks
-        ]
+        parts = [self._part(ReducingBlock(block, kind, steps, self.frame)) for block in self._timed_blocks]
         turns = itertools.cycle(parts)
         count = min(len(parts), self.settings.reduction_blocks)
 

@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from prunefront.backbones.eva import EVA_BLOCKS, embed
 from prunefront.backbones.vit import VIT_BLOCKS
-from prunefront.geometry import ModelGeometry
+from prunefront.blocks import Blocks
+from prunefront.geometry import ModelGeometry, in_chans_of
 from prunefront.methods.base import Call
 from prunefront.methods.ppt import forced_branch
 from prunefront.ops.attention import log_size_bias
+from prunefront.ops.rotary import Rotary
 from prunefront.ops.tokens import Tokens
 from prunefront.registry import get_method
 from prunefront.schedule import Step
@@ -27,15 +31,43 @@ from prunefront.schedule import Step
 STEM, HEAD, ATTENTION, SIZED_ATTENTION, MLP, BLOCK = "stem", "head", "attention", "attention.sized", "mlp", "block."
 
 
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What the parts of a block need beside its tokens: the family of the block, the prefix, rotations by place."""
+
+    blocks: Blocks
+    num_prefix: int
+    rotary: Rotary | None = None
+
+    @classmethod
+    def of(cls, model: VisionTransformer | Eva) -> Frame:
+        """The frame of a model's blocks, on its device and in its dtype."""
+        if not isinstance(model, Eva):
+            return cls(blocks=VIT_BLOCKS, num_prefix=model.num_prefix_tokens)
+        image = next(model.parameters()).new_zeros(1, in_chans_of(model), *model.patch_embed.img_size)
+        with torch.no_grad():
+            tokens = embed(model, image)
+        return cls(blocks=EVA_BLOCKS, num_prefix=model.num_prefix_tokens, rotary=tokens.rotary)
+
+    def tokens(self, x: Tensor) -> Tokens:
+        """``x`` (B, N, C) as the first N tokens of each image; rotations are looked up as after a reduction."""
+        places = None
+        if self.rotary is not None:
+            places = self.rotary.initial[:, : x.shape[1]].expand(x.shape[0], -1)
+        return Tokens(x=x, num_prefix=self.num_prefix, places=places, rotary=self.rotary)
+
+
 class Stem(nn.Module):
     """Images to tokens, (B, C, H, W) → (B, N, C)."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer | Eva) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         model = self.model
+        if isinstance(model, Eva):
+            return embed(model, images).x
         tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return tokens
 
@@ -43,7 +75,7 @@ class Stem(nn.Module):
 class Head(nn.Module):
     """Tokens to logits, the final norm included."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer | Eva) -> None:
         super().__init__()
         self.model = model
 
@@ -55,49 +87,43 @@ class Head(nn.Module):
 class AttentionHalf(nn.Module):
     """Norm, attention and residual of a block; ``sized`` adds a log-size bias as after merging."""
 
-    def __init__(self, block: Block, *, sized: bool = False) -> None:
+    def __init__(self, block: Block | EvaBlock, frame: Frame, *, sized: bool = False) -> None:
         super().__init__()
         self.block = block
+        self.frame = frame
         self.sized = sized
 
     def forward(self, x: Tensor) -> Tensor:
-        block = self.block
-        if self.sized:
-            bias = log_size_bias(torch.full(x.shape[:2], 2.0, device=x.device), x.dtype)
-            attended = block.attn(block.norm1(x), attn_mask=bias)
-        else:
-            attended = block.attn(block.norm1(x))
-        out: Tensor = x + block.drop_path1(block.ls1(attended))
-        return out
+        size = torch.full(x.shape[:2], 2.0, device=x.device) if self.sized else None
+        tokens = self.frame.tokens(x)
+        return x + self.frame.blocks.attention(self.block, tokens, log_size_bias(size, x.dtype))[0]
 
 
 class MlpHalf(nn.Module):
     """Norm, MLP and residual of a block."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block | EvaBlock, frame: Frame) -> None:
         super().__init__()
         self.block = block
+        self.frame = frame
 
     def forward(self, x: Tensor) -> Tensor:
-        block = self.block
-        out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return out
+        return x + self.frame.blocks.mlp(self.block, x)
 
 
 class ReducingBlock(nn.Module):
     """A whole block with its reductions."""
 
-    def __init__(self, block: Block, kind: ReductionKind, steps: Sequence[Step], num_prefix_tokens: int) -> None:
+    def __init__(self, block: Block | EvaBlock, kind: ReductionKind, steps: Sequence[Step], frame: Frame) -> None:
         super().__init__()
         self.block = block
         self.kind = kind
         self.steps = tuple(steps)
-        self.num_prefix_tokens = num_prefix_tokens
+        self.frame = frame
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = Tokens(x=x, num_prefix=self.num_prefix_tokens)
-        method = get_method(self.kind.method)
-        return method.forward_block(VIT_BLOCKS, self.block, tokens, self.steps, Call(options=self.kind.options)).x
+        tokens, call = self.frame.tokens(x), Call(options=self.kind.options)
+        return get_method(self.kind.method).forward_block(self.frame.blocks, self.block, tokens, self.steps, call).x
 
 
 @dataclass(frozen=True, kw_only=True)

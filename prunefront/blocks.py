@@ -9,10 +9,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from prunefront.ops.attention import AttentionState, attend, join_heads, project_qkv
+from prunefront.ops.attention import (
+    AttentionState,
+    attend,
+    attend_with,
+    join_heads,
+    project_qkv,
+    project_rotated_qkv,
+)
 from prunefront.ops.tokens import Tokens
 
 Weigh = Callable[[AttentionState], Tensor]
@@ -66,3 +74,40 @@ class ViTBlocks(Blocks):
     def mlp(self, block: Any, x: Tensor) -> Tensor:
         out: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return out
+
+
+class EvaBlocks(Blocks):
+    """timm's ``EvaBlock`` (EVA-02, DINOv3, RoPE-ViT); rotations are looked up by the tokens' places."""
+
+    def whole(self, block: Any, tokens: Tokens, bias: Tensor | None) -> Tensor:
+        assert isinstance(block, EvaBlock)
+        out: Tensor = block(tokens.x, rope=_rotations(tokens), attn_mask=bias)
+        return out
+
+    def attention(self, block: Any, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
+        normed = block.norm1(tokens.x)
+        projected = project_rotated_qkv(block.attn, normed, _rotations(tokens))
+        attended, state = attend_with(block.attn, projected, normed, bias)
+        return block.drop_path1(_scaled(block.gamma_1, attended)), state
+
+    def weighed_attention(self, block: Any, tokens: Tokens, weigh: Weigh) -> Tensor:
+        normed = block.norm1(tokens.x)
+        state = project_rotated_qkv(block.attn, normed, _rotations(tokens))
+        heads = block.attn.attn_drop(weigh(state)).to(state.v.dtype) @ state.v
+        out: Tensor = block.drop_path1(_scaled(block.gamma_1, join_heads(block.attn, heads, normed)))
+        return out
+
+    def mlp(self, block: Any, x: Tensor) -> Tensor:
+        out: Tensor = block.drop_path2(_scaled(block.gamma_2, block.mlp(block.norm2(x))))
+        return out
+
+
+def _rotations(tokens: Tokens) -> Tensor | None:
+    if tokens.rotary is None:
+        return None
+    assert tokens.places is not None
+    return tokens.rotary.at(tokens.places, tokens.num_prefix)
+
+
+def _scaled(gamma: Tensor | None, branch: Tensor) -> Tensor:
+    return branch if gamma is None else gamma * branch

@@ -13,11 +13,13 @@ from collections.abc import Hashable
 from typing import Any, cast
 
 import timm
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from prunefront.backbones.compressed import Compressed, compressed_class
+from prunefront.backbones.eva import CompressedEva
 from prunefront.backbones.lvvit import CompressedLVViT, LVViT
 from prunefront.backbones.swin import CompressedSwinTransformer
 from prunefront.backbones.vit import CompressedVisionTransformer
@@ -34,6 +36,7 @@ _MIXINS: tuple[tuple[type, type[Compressed]], ...] = (
     (LVViT, CompressedLVViT),
     (VisionTransformer, CompressedVisionTransformer),
     (SwinTransformer, CompressedSwinTransformer),
+    (Eva, CompressedEva),
 )
 
 
@@ -47,7 +50,7 @@ def compress(model: nn.Module, config: ConfigSource) -> nn.Module:
     Parameters and buffers are shared, so training one trains the other.
 
     Args:
-        model: A timm VisionTransformer or SwinTransformer, compressed or not.
+        model: A timm VisionTransformer, Eva or SwinTransformer, compressed or not.
         config: Config, dict, path or open file. Its model must have the token counts of ``model``.
 
     Raises:

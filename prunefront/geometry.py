@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, AttentionRope, PatchEmbed
 from timm.layers.attention_pool import AttentionPoolPrr
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -50,9 +51,10 @@ class StageGeometry:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelGeometry:
-    """Sizes of a plain ViT. Token counts are per image; ``*_macs_per_token`` count one token through linear layers.
+    """Sizes of a plain or rotary ViT.
 
-    Of a model with ``stages``, token count, widths and heads are those entering its first block.
+    Token counts are per image; ``*_macs_per_token`` count one token through linear layers. Of a model with ``stages``,
+    token count, widths and heads are those entering its first block.
     """
 
     embed_dim: int
@@ -82,6 +84,7 @@ class ModelGeometry:
     has_attention_mask_pool: bool
     block: str  # what makes two blocks cost the same; see block_key
     stages: tuple[StageGeometry, ...] = ()  # empty where all blocks are alike
+    pools_prefix: bool = False  # pooling reads the prefix tokens too
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +111,7 @@ def require_equal_blocks(geometry: ModelGeometry, name: str) -> None:
 
 
 def require_supported(model: nn.Module) -> nn.Module:
-    """Return ``model``, a plain ViT or Swin.
+    """Return ``model``, a plain ViT, a rotary one or a Swin.
 
     Raises:
         ModelError: If token reduction does not know its blocks; the text names the offending class.
@@ -118,10 +121,13 @@ def require_supported(model: nn.Module) -> nn.Module:
         from prunefront.swin_geometry import require_plain_swin
 
         return cast(nn.Module, require_plain_swin(model))
+    if isinstance(model, Eva):
+        return cast(nn.Module, _require_supported_eva(model))
     if not isinstance(model, VisionTransformer):
         raise ModelError(
             f"{name} is not supported: token reduction needs a timm VisionTransformer "
-            "(ViT, DeiT, DeiT-3, AugReg, MAE, CLIP, DINOv2, SigLIP, ...) or SwinTransformer. See `prunefront models`."
+            "(ViT, DeiT, DeiT-3, AugReg, MAE, CLIP, DINOv2, SigLIP, ...), Eva (EVA-02, DINOv3, RoPE-ViT, ...) or "
+            "SwinTransformer. See `prunefront models`."
         )
     for index, block in enumerate(model.blocks):
         # Exact types: a subclass may change the order of operations that reductions rely on.
@@ -138,11 +144,33 @@ def require_supported(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model)
 
 
+def _require_supported_eva(model: Eva) -> Eva:
+    name = type(model).__name__
+    for index, block in enumerate(model.blocks):
+        if type(block) is not EvaBlock:
+            raise ModelError(
+                f"{name} has {type(block).__name__} at block {index}; post-norm blocks are not supported, because a "
+                "reduction acts between a block's attention and its MLP. Use a model without use_post_norm."
+            )
+        if type(block.attn) not in (EvaAttention, AttentionRope):
+            raise ModelError(
+                f"{name} has {type(block.attn).__name__} at block {index}; only timm's EvaAttention and AttentionRope "
+                "are supported, since positions inside another attention would not follow the kept tokens."
+            )
+        if _describe_block(block) != _describe_block(model.blocks[0]):
+            raise ModelError(
+                f"{name} has blocks of several kinds: block {index} is {_describe_block(block)}, but block 0 is "
+                f"{_describe_block(model.blocks[0])}. Use a model whose blocks are alike (for example, num_kv_heads "
+                "the same for all)."
+            )
+    return model
+
+
 def geometry_of(model: nn.Module) -> ModelGeometry:
     """Read the geometry off a model.
 
     Raises:
-        ModelError: If the model is neither a plain ViT nor a plain Swin.
+        ModelError: If the model is neither a plain ViT nor a rotary one nor a plain Swin.
     """
     vit: Any = require_supported(model)
     if isinstance(model, SwinTransformer):
@@ -175,7 +203,7 @@ def geometry_of(model: nn.Module) -> ModelGeometry:
         num_heads=attn.num_heads,
         head_dim=attn.head_dim,
         mlp_hidden_dim=mlp_linears[-1].in_features,
-        qkv_macs_per_token=_linear_macs(attn.qkv) + (_linear_macs(gate) if gate is not None else 0),
+        qkv_macs_per_token=sum(_linear_macs(layer) for layer in (*_projections(attn), gate) if layer is not None),
         proj_macs_per_token=_linear_macs(attn.proj),
         mlp_macs_per_token=sum(_linear_macs(layer) for layer in mlp_linears),
         img_size=(int(embed.img_size[0]), int(embed.img_size[1])),
@@ -183,7 +211,7 @@ def geometry_of(model: nn.Module) -> ModelGeometry:
         grid=grid,
         num_patch_tokens=grid[0] * grid[1],
         num_prefix_tokens=vit.num_prefix_tokens,
-        has_class_token=bool(vit.has_class_token),
+        has_class_token=vit.cls_token is not None if isinstance(vit, Eva) else bool(vit.has_class_token),
         in_chans=in_chans_of(vit),
         num_classes=vit.num_classes,
         num_heads_out=len(linear_heads),
@@ -195,7 +223,8 @@ def geometry_of(model: nn.Module) -> ModelGeometry:
         pool_macs_per_token=pool_token,
         pool_macs_per_token_pair=pool_pair,
         has_attention_mask_pool=isinstance(vit.attn_pool, AttentionPoolLatent),
-        block=_describe_block(block),
+        block=_describe_block(block) + _describe_rotation(vit),
+        pools_prefix=vit.attn_pool is not None if isinstance(vit, Eva) else bool(vit.pool_include_prefix),
     )
 
 
@@ -204,7 +233,7 @@ def geometry_for(spec: ModelSpec) -> ModelGeometry:
 
     Raises:
         UnknownNameError: If timm has no such model.
-        ModelError: If the model cannot be built with these arguments or is not a plain ViT.
+        ModelError: If the model cannot be built with these arguments or is not supported.
     """
     return _geometry_for(json.dumps(spec.model_dump(mode="json"), sort_keys=True))
 
@@ -276,7 +305,12 @@ def _linear_macs(layer: nn.Module) -> int:
     return int(layer.in_features * layer.out_features)
 
 
-def in_chans_of(vit: VisionTransformer) -> int:
+def _projections(attn: Any) -> list[Any]:
+    """Layers that make queries, keys and values: one, or three where they are separate."""
+    return [attn.qkv] if attn.qkv is not None else [attn.q_proj, attn.k_proj, attn.v_proj]
+
+
+def in_chans_of(vit: VisionTransformer | Eva) -> int:
     """Channels of the images a model takes."""
     embed = vit.patch_embed
     proj = getattr(embed, "proj", None)
@@ -285,7 +319,7 @@ def in_chans_of(vit: VisionTransformer) -> int:
     return int(getattr(embed, "in_chans", getattr(vit, "in_chans", 3)))
 
 
-def _stem_macs(vit: VisionTransformer) -> int:
+def _stem_macs(vit: VisionTransformer | Eva) -> int:
     embed = vit.patch_embed
     if isinstance(embed, PatchEmbed) and isinstance(embed.proj, nn.Conv2d):
         return int(embed.num_patches * embed.proj.weight.numel())
@@ -305,7 +339,7 @@ def _stem_macs(vit: VisionTransformer) -> int:
     return int(counter.get_total_flops() // 2)
 
 
-def _pool_macs(vit: VisionTransformer) -> tuple[int, int, int]:
+def _pool_macs(vit: VisionTransformer | Eva) -> tuple[int, int, int]:
     """MACs of attention pooling: fixed, per pooled token, per pair of pooled tokens."""
     pool = vit.attn_pool
     if isinstance(pool, AttentionPoolLatent):
@@ -321,17 +355,18 @@ def _pool_macs(vit: VisionTransformer) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-def _describe_block(block: Block) -> str:
+def _describe_block(block: Block | EvaBlock) -> str:
     """Class names and sizes of everything in a block that takes time, in order."""
     attn = block.attn
+    projections = _projections(attn)
     parts = [
-        f"w{attn.qkv.in_features}",
+        f"w{projections[0].in_features}",
         f"h{attn.num_heads}x{attn.head_dim}",
         "mlp" + "-".join(f"{m.in_features}x{m.out_features}" for m in block.mlp.modules() if isinstance(m, nn.Linear)),
         f"act:{type(getattr(block.mlp, 'act', None)).__name__}",
         f"norm:{type(block.norm1).__name__}",
     ]
-    if attn.qkv.bias is None:
+    if projections[0].bias is None and getattr(attn, "q_bias", None) is None:
         parts.append("no-qkv-bias")
     if not isinstance(attn.q_norm, nn.Identity):
         parts.append(f"qknorm:{type(attn.q_norm).__name__}")
@@ -341,9 +376,32 @@ def _describe_block(block: Block) -> str:
         parts.append("mlp-norm")
     if getattr(attn, "gate", None) is not None:
         parts.append("gated")
+    if isinstance(block, EvaBlock):
+        return _describe_eva(block, parts)
     if not isinstance(block.ls1, nn.Identity):
         parts.append("layerscale")
     return "vit:" + ",".join(parts)
+
+
+def _describe_eva(block: EvaBlock, parts: list[str]) -> str:
+    attn = block.attn
+    if attn.qkv is None:
+        parts.append("separate-qkv")
+    if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
+        parts.append(f"kv{attn.num_kv_heads}")
+    if getattr(attn, "qkv_bias_separate", False):
+        parts.append("separate-bias")
+    parts.append(f"mlp:{type(block.mlp).__name__}")
+    if block.gamma_1 is not None:
+        parts.append("layerscale" if block.gamma_2 is not None else "attn-layerscale")
+    return "eva:" + ",".join(parts)
+
+
+def _describe_rotation(vit: VisionTransformer | Eva) -> str:
+    """Rotations shared by all heads and blocks cost less than those of each block and head."""
+    if getattr(vit, "rope", None) is None:
+        return ""
+    return ",rope-mixed" if getattr(vit, "rope_mixed", False) else ",rope"
 
 
 __all__ = [

@@ -85,9 +85,9 @@ def macs_of_schedule(schedule: TokenSchedule, geometry: ModelGeometry) -> MacsDe
         }
         operators |= _reduction_macs(block, schedule, geometry, options)
         blocks.append(operators)
-    last = schedule.blocks[-1].tokens_out - geometry.num_prefix_tokens - num_packages(schedule)
-    if geometry.global_pool == "prr":
-        last = schedule.blocks[-1].tokens_out
+    last = schedule.blocks[-1].tokens_out - num_packages(schedule)
+    if not geometry.pools_prefix:
+        last -= geometry.num_prefix_tokens
     pool = geometry.pool_macs_fixed + last * geometry.pool_macs_per_token + last**2 * geometry.pool_macs_per_token_pair
     averages = geometry.global_pool in ("avg", "avgmax") and carries_sizes(schedule)
     return MacsDetail(

@@ -15,6 +15,8 @@ from typing import Any
 import timm
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from timm.models import is_model_in_modules
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 import prunefront
@@ -157,7 +159,7 @@ def check_model(spec: ModelSpec) -> ModelGeometry:
         raise UnknownNameError.of(
             "model", spec.name, timm.list_models(), hint="GET /api/v1/models lists those supported."
         )
-    _check_kwargs(spec.kwargs)
+    _check_kwargs(spec.kwargs, Eva if is_model_in_modules(spec.name.split(".")[0], {"eva"}) else VisionTransformer)
     for side in (spec.img_size,) if isinstance(spec.img_size, int) else spec.img_size or ():
         if side > MAX_IMG_SIZE_PX:
             raise ConfigError(f"img_size may be {MAX_IMG_SIZE_PX} px at most, but got {side}; ask for a smaller image.")
@@ -165,15 +167,16 @@ def check_model(spec: ModelSpec) -> ModelGeometry:
 
 
 @cache
-def _architecture_kwargs() -> frozenset[str]:
-    return frozenset(inspect.signature(VisionTransformer.__init__).parameters) - REFUSED_KWARGS
+def _architecture_kwargs(architecture: type) -> frozenset[str]:
+    return frozenset(inspect.signature(architecture).parameters) - REFUSED_KWARGS
 
 
-def _check_kwargs(kwargs: dict[str, Any]) -> None:
+def _check_kwargs(kwargs: dict[str, Any], architecture: type) -> None:
     for name, value in kwargs.items():
-        if name not in _architecture_kwargs():
+        known = _architecture_kwargs(architecture)
+        if name not in known:
             raise UnknownNameError.of(
-                "model argument", name, _architecture_kwargs(), hint="kwargs takes what shapes a VisionTransformer."
+                "model argument", name, known, hint=f"kwargs takes what shapes {architecture.__name__}."
             )
         items = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, dict | list) for item in items) or len(items) > 16:

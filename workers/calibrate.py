@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
 from prunefront.errors import ModelError
 from prunefront.geometry import geometry_of, require_supported
-from prunefront.ops.attention import attend, class_value_scores
+from prunefront.ops.attention import class_value_scores, project_qkv, project_rotated_qkv
 from prunefront.training.data import SplitName, data_config_of, evaluation_batches
 from workers.candidate_models import CandidateModels
 from workers.devices import prepare_device
@@ -76,12 +77,18 @@ def score_variances(model: nn.Module, images: Tensor) -> Tensor:
     vit: Any = require_supported(model)
     rows: list[Tensor] = []
 
-    def before(block: Any, arguments: tuple[Tensor, ...]) -> None:
-        _, state = attend(block.attn, block.norm1(arguments[0]), None)
+    def before(block: Any, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        normed = block.norm1(arguments[0])
+        if isinstance(block, EvaBlock):
+            state = project_rotated_qkv(block.attn, normed, options.get("rope"))
+        else:
+            state = project_qkv(block.attn, normed)
         scores = class_value_scores(state, geometry.num_prefix_tokens)
         rows.append(scores.float().var(dim=-1, unbiased=True))
 
-    hooks: list[Callable[[], None]] = [block.register_forward_pre_hook(before).remove for block in vit.blocks]
+    hooks: list[Callable[[], None]] = [
+        block.register_forward_pre_hook(before, with_kwargs=True).remove for block in vit.blocks
+    ]
     try:
         with torch.inference_mode():
             model.eval()(images)

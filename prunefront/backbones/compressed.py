@@ -52,6 +52,10 @@ class Compressed:
         """Tokens entering block 0; the images are checked first."""
         raise NotImplementedError
 
+    def _entering(self, tokens: Tokens, block: int) -> Tokens:
+        """``tokens`` as block number ``block`` wants them; most backbones change nothing."""
+        return tokens
+
     def _norm(self, x: Tensor) -> Tensor:
         """The final norm over tokens (B, N, C)."""
         raise NotImplementedError
@@ -120,6 +124,7 @@ class Compressed:
             if recorder is not None:
                 recorder.block = block_plan.index
                 recorder.is_last_block = block_plan.index == len(plan) - 1
+            tokens = self._entering(tokens, block_plan.index)
             run = self._method.forward_block
             if model.grad_checkpointing:
                 tokens = checkpoint(run, self.blocks_family, block, tokens, block_plan.steps, call)

@@ -9,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunefront import geometry
 from prunefront.backbones.compressed import Compressed, Heads
 from prunefront.blocks import Blocks, ViTBlocks
 from prunefront.errors import InputError, ModelError
-from prunefront.geometry import in_chans_of
 from prunefront.ops.attention import log_size_bias
 from prunefront.ops.tokens import Tokens, initial_places
 
@@ -28,25 +28,30 @@ class CompressedVisionTransformer(Compressed):
     def _embed(self, images: Tensor) -> Tensor:
         """Patches, prefix tokens and positions, as timm does it; input checked first."""
         vit = cast(VisionTransformer, self)
-        size = tuple(vit.patch_embed.img_size)
-        channels = in_chans_of(vit)
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise InputError(
-                f"Expected images of shape (batch, {channels} channels, height, width), but got {tuple(images.shape)}. "
-                "Add the batch dimension or convert the channels."
-            )
-        if tuple(images.shape[-2:]) == size or vit.dynamic_img_size:
+        self._check_images(images)
+        if tuple(images.shape[-2:]) == tuple(vit.patch_embed.img_size) or vit.dynamic_img_size:
             x = vit.patch_embed(images)
             x = vit._pos_embed(x)
         elif self._method.resizes_position_embedding:
             x = self._embed_resized(images)
         else:
-            raise InputError(
-                f"This model takes images of {size[0]} x {size[1]} px, but got {images.shape[-2]} x "
-                f"{images.shape[-1]}. "
-                "Resize the images, or set model.img_size (or dynamic_img_size in model.kwargs) in the config."
-            )
+            raise self._wrong_size(images)
         return cast(Tensor, vit.norm_pre(vit.patch_drop(x)))
+
+    def _check_images(self, images: Tensor) -> None:
+        channels = geometry.in_chans_of(cast(VisionTransformer, self))
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise InputError(
+                f"Expected images of shape (batch, {channels} channels, height, width), but got {tuple(images.shape)}. "
+                "Add the batch dimension or convert the channels."
+            )
+
+    def _wrong_size(self, images: Tensor) -> InputError:
+        size = cast(VisionTransformer, self).patch_embed.img_size
+        return InputError(
+            f"This model takes images of {size[0]} x {size[1]} px, but got {images.shape[-2]} x {images.shape[-1]}. "
+            "Resize the images, or set model.img_size (or dynamic_img_size in model.kwargs) in the config."
+        )
 
     def _embed_resized(self, images: Tensor) -> Tensor:
         """Embed images of another size, positions resized inside forward as EViT's official code does.

@@ -8,20 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
 from torch import Tensor
 from torch.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionState:
-    """Queries, keys, values (B, H, N, D) of one attention, after q/k norm, and the log-size bias they met."""
+    """Queries, keys, values (B, H, N, D) of one attention, after q/k norm, and the log-size bias they met.
+
+    With rotary position embeddings ``q`` and ``k`` are rotated; ``content`` then holds the keys before the rotation.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
     bias: Tensor | None  # (B, 1, 1, N) added to the logits, or a boolean mask of visible keys
+    content: Tensor | None = None
 
 
 def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -43,15 +48,48 @@ def project_qkv(attn: Attention, x: Tensor) -> AttentionState:
     return AttentionState(q=attn.q_norm(q), k=attn.k_norm(k), v=v, scale=attn.scale, bias=None)
 
 
+def project_rotated_qkv(attn: EvaAttention | AttentionRope, x: Tensor, rotations: Tensor | None) -> AttentionState:
+    """Queries, keys and values of timm's rotary attentions for tokens (B, N, C), after q/k norm and rotation.
+
+    Args:
+        attn: With fused or separate projections, with fewer keys than queries (grouped) or as many.
+        x: Normalised tokens, (B, N, C).
+        rotations: Sines, then cosines of the tokens behind the prefix, broadcast to (B, H, N - prefix, 2D); or None.
+    """
+    batch, tokens, _ = x.shape
+    projections: tuple[Tensor, ...]
+    if attn.qkv is None:
+        projections = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+    elif getattr(attn, "q_bias", None) is None:
+        projections = attn.qkv(x).chunk(3, dim=-1)
+    else:
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        qkv = attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+        projections = qkv.chunk(3, dim=-1)
+    q, k, v = (part.reshape(batch, tokens, -1, attn.head_dim).transpose(1, 2) for part in projections)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    content = None
+    if rotations is not None:
+        prefix, half, content = attn.num_prefix_tokens, getattr(attn, "rotate_half", False), k
+        q, k = (
+            torch.cat((t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rotations, half=half)), dim=2).type_as(v)
+            for t in (q, k)
+        )
+    groups = attn.num_heads // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return AttentionState(q=q, k=k, v=v, scale=attn.scale, bias=None, content=content)
+
+
 def join_heads(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
     """What follows the product with the values: output norm, gate and projection.
 
     Args:
-        attn: A plain timm attention.
+        attn: A plain or rotary timm attention.
         heads: Attended values, (B, H, N, D).
         x: The normalised tokens that attention was given, (B, N, C); a gate reads them.
     """
-    out = attn.norm(heads.transpose(1, 2).reshape(*x.shape[:2], attn.attn_dim))
+    out = attn.norm(heads.transpose(1, 2).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:
         out = out * gate(x).sigmoid()
@@ -70,7 +108,13 @@ def attend(attn: Attention, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Att
     Returns:
         The projected output (B, N, C) and the state to score tokens with.
     """
-    state = project_qkv(attn, x)
+    return attend_with(attn, project_qkv(attn, x), x, bias)
+
+
+def attend_with(
+    attn: Attention, state: AttentionState, x: Tensor, bias: Tensor | None
+) -> tuple[Tensor, AttentionState]:
+    """`attend` for queries, keys and values that are there already."""
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(state.q, state.k, state.v, attn_mask=bias, dropout_p=dropout)
     return join_heads(attn, out, x), replace(state, bias=bias)
@@ -133,5 +177,11 @@ def class_value_scores(state: AttentionState, num_prefix_tokens: int) -> Tensor:
 
 
 def key_metric(state: AttentionState, num_prefix_tokens: int) -> Tensor:
-    """Keys averaged over heads, (B, N - prefix, D): what ToMe compares. Taken after k norm where there is one."""
-    return state.k[:, :, num_prefix_tokens:].mean(dim=1)
+    """Keys averaged over heads, (B, N - prefix, D): what ToMe compares. Taken after k norm where there is one.
+
+    With rotary position embeddings the keys before the rotation: the metric is to compare content, and the same content
+    at two places has rotated keys that differ, by angles that for learned frequencies even differ between the heads
+    averaged here; a fused token, never rotated, could not be compared at all.
+    """
+    keys = state.k if state.content is None else state.content
+    return keys[:, :, num_prefix_tokens:].mean(dim=1)

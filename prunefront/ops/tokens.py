@@ -6,12 +6,15 @@ Shapes: B images, N tokens of which the first ``num_prefix`` are class, distilla
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prunefront.ops.select import take_tokens
+
+if TYPE_CHECKING:
+    from prunefront.ops.rotary import Rotary
 
 NO_PLACE = -1  # of prefix tokens, and of tokens made of several
 
@@ -31,6 +34,7 @@ class Tokens:
         decision: Where nothing is removed but dropped tokens are masked (training of DynamicViT and SPViT): 1 for
             patch tokens that are kept, 0 for dropped ones, (B, patches), with the gradient of the decisions so far.
         num_packages: Tokens at the end that a method appended and never ranks (SPViT).
+        rotary: Rotations by place, where the backbone has rotary position embeddings.
     """
 
     x: Tensor
@@ -41,6 +45,7 @@ class Tokens:
     mask: Tensor | None = None
     decision: Tensor | None = None
     num_packages: int = 0
+    rotary: Rotary | None = None
 
     def but(self, **changes: Any) -> Tokens:
         """A copy with some fields replaced."""

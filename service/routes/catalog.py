@@ -25,8 +25,8 @@ from service.schemas import (
 
 router = APIRouter(tags=["catalog"])
 
-# timm's module of a model says whether it is a plain ViT without building all thousand of them.
-SUPPORTED_MODULES = ("vision_transformer", "deit")
+# timm's module of a model says whether it is a plain or rotary ViT without building all thousand of them.
+SUPPORTED_MODULES = ("vision_transformer", "deit", "eva", "lvvit")
 DEMO_MODEL = "digit_vit_patch6_48"
 
 

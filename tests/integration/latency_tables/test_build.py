@@ -229,6 +229,15 @@ def test_models_without_a_class_token_get_a_table_of_merging() -> None:
     assert predict_latency_ms(table, merging) > 0
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"])
+def test_models_with_rotary_embeddings_get_a_table_that_predicts_them(name: str) -> None:
+    spec = TINY.model_copy(update={"name": name})
+    table = build(spec)
+    assert table.block_key == block_key(geometry_for(spec))
+    report = validate_table(table, num_schedules=5, seed=1, settings=ONCE, stopwatch=WorkStopwatch())
+    assert report.mape < 0.03
+
+
 def test_what_cannot_be_built_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="Unknown model"):
         build(ModelSpec(name="deit_smal"))

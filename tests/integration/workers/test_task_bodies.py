@@ -291,6 +291,16 @@ def test_calibration_gives_sorted_variances_that_ppt_itself_would_see(engine: Lo
         assert variances[str(block)] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224"])
+def test_score_variances_of_rotary_models_are_what_ppt_sees(name: str) -> None:
+    model = {**MODEL, "name": name}
+    dense, images = prunefront.create_dense(ModelSpec.model_validate(model)).eval(), torch.randn(2, 3, 48, 48)
+    sites = [{"block": 2, "op": "pool_or_prune", "remove": 2}]
+    with torch.inference_mode():
+        _, aux = prunefront.compress(dense, config("ppt", sites, model))(images, return_aux=True)
+    torch.testing.assert_close(score_variances(dense, images)[2], aux.sites[0].values["var"], rtol=1e-4, atol=0)
+
+
 def test_score_variances_leave_the_model_as_it_was() -> None:
     model = prunefront.create_dense(ModelSpec.model_validate(MODEL))
     images = torch.randn(2, 3, 48, 48)

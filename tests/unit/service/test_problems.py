@@ -87,7 +87,7 @@ def test_a_database_that_is_away_is_no_fault_of_the_body(error: PrunefrontError)
 def test_unknown_method_in_a_job_keeps_the_sentence_and_the_code_of_the_library() -> None:
     problem = problem_for({"kind": "search", "model": {"name": "m"}, "dataset": "d", "space": {"methods": ["evitt"]}})
     assert problem.code == "unknown_name"
-    assert problem.detail == "Unknown method 'evitt': did you mean 'evit'?"
+    assert problem.detail == "Unknown method 'evitt': did you mean 'evit' or 'spvit'?"
     assert problem.errors[0].pointer == "/space"
 
 
