@@ -413,7 +413,9 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             if section not in place:
                 raise UnknownNameError.of("recipe field", path, _fields(Recipe))
             if not isinstance(place[section], dict | None):
-                raise ConfigError(f"The recipe's {section} is one value, so {path} names nothing; set {section} itself.")
+                raise ConfigError(
+                    f"The recipe's {section} is one value without parts, but got {path}; set {section} itself."
+                )
             place[section] = copy.copy(place[section]) or {}
             place = place[section]
         place[last] = value
@@ -427,7 +429,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"This recipe cannot be used: {describe_validation_error(error)}.") from error
 
 
-_SECTIONS = {
+_SECTIONS: dict[str, type[StrictModel]] = {
     "augmentation": Augmentation,
     "distillation": Distillation,
     "pruning": PruningLoss,
