@@ -346,7 +346,7 @@ class _Run:
             losses += value / recipe.accumulate
             num_correct += int((loss.logits.argmax(dim=1) == labels).sum())
             for name, part in loss.parts.items():
-                parts[name] = parts.get(name, 0.0) + float(part) / recipe.accumulate
+                parts[name] = parts.get(name, 0.0) + float(part.detach()) / recipe.accumulate
         self._update()
         position.step += 1
         position.place += 1
@@ -420,6 +420,8 @@ class _Run:
             if self.recipe.keep_rate.evaluate_with == "current":
                 sites = self.sites.at(self._openness(self.position.step))
         record = self._accuracy(self.model, split, sites, should_stop)
+        if not math.isfinite(record["search_loss"]):
+            raise self._diverged("search loss", record["search_loss"])
         candidates = {record["search_top1"]: self.model}
         if self.ema is not None and self.recipe.evaluates_ema:
             averaged = self._accuracy(self.ema.module, split, sites, should_stop)["search_top1"]
