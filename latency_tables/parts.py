@@ -15,10 +15,12 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from prunefront.compress import block_forward
+from prunefront.backbones.vit import VIT_BLOCKS
 from prunefront.geometry import ModelGeometry
+from prunefront.methods.base import Call
 from prunefront.methods.ppt import forced_branch
 from prunefront.ops.attention import log_size_bias
+from prunefront.ops.tokens import Tokens
 from prunefront.registry import get_method
 from prunefront.schedule import Step
 
@@ -93,10 +95,9 @@ class ReducingBlock(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        return block_forward(
-            self.block, x, None, self.steps, get_method(self.kind.method), self.kind.options,
-            num_prefix_tokens=self.num_prefix_tokens,
-        )[0]  # fmt: skip
+        tokens = Tokens(x=x, num_prefix=self.num_prefix_tokens)
+        method = get_method(self.kind.method)
+        return method.forward_block(VIT_BLOCKS, self.block, tokens, self.steps, Call(options=self.kind.options)).x
 
 
 @dataclass(frozen=True, kw_only=True)

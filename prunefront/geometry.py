@@ -44,6 +44,7 @@ class ModelGeometry:
     global_pool: str
     stem_macs: int
     head_macs: int  # classifiers only
+    token_head_macs: int  # of a classifier on every remaining patch token, per token
     pool_macs_fixed: int  # attention pooling, the part that does not depend on tokens
     pool_macs_per_token: int
     pool_macs_per_token_pair: int
@@ -130,12 +131,13 @@ def geometry_of(model: nn.Module) -> ModelGeometry:
         num_patch_tokens=grid[0] * grid[1],
         num_prefix_tokens=vit.num_prefix_tokens,
         has_class_token=bool(vit.has_class_token),
-        in_chans=_in_chans(vit),
+        in_chans=in_chans_of(vit),
         num_classes=vit.num_classes,
         num_heads_out=len(linear_heads),
         global_pool=vit.global_pool,
         stem_macs=_stem_macs(vit),
         head_macs=sum(_linear_macs(head) for head in linear_heads),
+        token_head_macs=_linear_macs(vit.aux_head) if isinstance(getattr(vit, "aux_head", None), nn.Linear) else 0,
         pool_macs_fixed=pool_fixed,
         pool_macs_per_token=pool_token,
         pool_macs_per_token_pair=pool_pair,
@@ -200,7 +202,7 @@ def spec_of(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Mod
         name=name,
         kwargs=dict(overrides or {}),
         img_size=(int(size[0]), int(size[1])),
-        in_chans=_in_chans(vit),
+        in_chans=in_chans_of(vit),
         num_classes=vit.num_classes,
     )
 
@@ -221,9 +223,13 @@ def _linear_macs(layer: nn.Module) -> int:
     return int(layer.in_features * layer.out_features)
 
 
-def _in_chans(vit: VisionTransformer) -> int:
-    proj = getattr(vit.patch_embed, "proj", None)
-    return int(proj.in_channels) if isinstance(proj, nn.Conv2d) else int(getattr(vit, "in_chans", 3))
+def in_chans_of(vit: VisionTransformer) -> int:
+    """Channels of the images a model takes."""
+    embed = vit.patch_embed
+    proj = getattr(embed, "proj", None)
+    if isinstance(embed, PatchEmbed) and isinstance(proj, nn.Conv2d):
+        return int(proj.in_channels)
+    return int(getattr(embed, "in_chans", getattr(vit, "in_chans", 3)))
 
 
 def _stem_macs(vit: VisionTransformer) -> int:
@@ -234,10 +240,15 @@ def _stem_macs(vit: VisionTransformer) -> int:
 
     counter = FlopCounterMode(display=False)
     parameter = next(embed.parameters())
-    image = torch.zeros(1, _in_chans(vit), *embed.img_size, device=parameter.device, dtype=parameter.dtype)
-    with counter, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        embed(image)
+    image = torch.zeros(1, in_chans_of(vit), *embed.img_size, device=parameter.device, dtype=parameter.dtype)
+    was_training = embed.training
+    embed.eval()  # a batch norm in train mode would learn from this image
+    try:
+        with counter, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            embed(image)
+    finally:
+        embed.train(was_training)
     return int(counter.get_total_flops() // 2)
 
 

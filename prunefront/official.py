@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunefront.compress import CompressedVisionTransformer, compress
+from prunefront.backbones.compressed import Compressed
+from prunefront.compress import compress
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.errors import CheckpointError, ConfigError, PrunefrontError
 from prunefront.geometry import build_timm_model
-from prunefront.methods.base import Aux, SiteRecord, with_prefix
+from prunefront.methods.base import Aux, SiteRecord
+from prunefront.ops.tokens import with_prefix
 from prunefront.published_schedules import EVIT_LOCATIONS, PPT_LOCATIONS, PPT_THRESHOLD, diffrate_sites
 from prunefront.registry import get_method
 from prunefront.schedule import plan_schedule
@@ -107,7 +109,7 @@ def replay(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
     with torch.no_grad():
         logits, aux = model(images, return_aux=True)
         results: dict[str, Any] = {"logits": logits, "logits_no_reduction": model(images, schedule=[])}
-    assert isinstance(model, CompressedVisionTransformer)
+    assert isinstance(model, Compressed)
     prefix = plan_schedule(model.prune_config).num_prefix_tokens
     for record in aux.sites:
         results |= _RECORDED[method](record, prefix)

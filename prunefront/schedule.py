@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One reduction with effective integers. ``tokens_*`` include prefix tokens, ``kept`` and ``removed`` do not."""
+    """One reduction with effective integers.
+
+    ``tokens_*`` include prefix tokens and those a method appended before; ``kept`` and ``removed`` count chosen tokens.
+    """
 
     op: str
     kept: int
@@ -35,12 +37,19 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSchedule:
-    """Tokens of one block, prefix included: attention works on ``tokens_in``, the MLP on ``tokens_out``."""
+    """Tokens of one block, prefix included: attention works on ``tokens_in``, the MLP on ``tokens_out``.
+
+    ``tokens_entering`` is more than ``tokens_in`` where a method selects tokens before the attention.
+    """
 
     index: int
     tokens_in: int
     tokens_out: int
     steps: tuple[Step, ...] = ()
+
+    @property
+    def tokens_entering(self) -> int:
+        return max(self.tokens_in, self.steps[0].tokens_in) if self.steps else self.tokens_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +60,7 @@ class TokenSchedule:
     options: tuple[tuple[str, Any], ...]
     num_prefix_tokens: int
     blocks: tuple[BlockSchedule, ...]
+    is_static: bool = True  # False where each image keeps counts of its own, and these are nominal
 
     @property
     def tokens_in(self) -> list[int]:
@@ -89,33 +99,27 @@ def plan_blocks(
     for site in sites:
         by_block.setdefault(site.block, []).append(site)
     blocks = []
-    present = num_patch_tokens
+    present = num_patch_tokens  # what the next site chooses from
+    carried = num_prefix_tokens  # what it never touches
     for index in range(depth):
-        entering = present
+        entering = present + carried
         steps = []
         for site in by_block.get(index, ()):
-            kept = min(max(_wanted(site, present, num_patch_tokens), method.least_kept(site.op, present)), present)
+            wanted = _wanted(site, present, num_patch_tokens, method)
+            kept = min(max(wanted, method.least_kept(site.op, present)), present)
             if kept == present and not method.acts_when_nothing_is_removed:
                 continue
-            left = kept + (1 if kept < present and method.adds_token(site.op) else 0)
-            steps.append(
-                Step(
-                    op=site.op,
-                    kept=kept,
-                    removed=present - kept,
-                    tokens_in=present + num_prefix_tokens,
-                    tokens_out=left + num_prefix_tokens,
-                )
-            )
-            present = left
-        blocks.append(
-            BlockSchedule(
-                index=index,
-                tokens_in=entering + num_prefix_tokens,
-                tokens_out=present + num_prefix_tokens,
-                steps=tuple(steps),
-            )
-        )
+            before = present + carried
+            removed = present - kept
+            present = kept
+            if method.adds_token(site.op) and method.carries_added_tokens:
+                carried += 1
+            elif method.adds_token(site.op) and removed:
+                present += 1
+            steps.append(Step(op=site.op, kept=kept, removed=removed, tokens_in=before, tokens_out=present + carried))
+        leaving = present + carried
+        attended = leaving if method.acts_before_attention else entering
+        blocks.append(BlockSchedule(index=index, tokens_in=attended, tokens_out=leaving, steps=tuple(steps)))
     return tuple(blocks)
 
 
@@ -134,18 +138,20 @@ def plan_schedule(config: PruneConfig, geometry: ModelGeometry | None = None) ->
         geometry = _geometry(config.model)
     method = get_method(config.method)
     method.check_geometry(geometry, config.sites)
+    blocks = plan_blocks(
+        method,
+        config.options,
+        config.sites,
+        depth=geometry.depth,
+        num_patch_tokens=geometry.num_patch_tokens,
+        num_prefix_tokens=geometry.num_prefix_tokens,
+    )
     return TokenSchedule(
         method=config.method,
         options=tuple(sorted(config.options.items())),
         num_prefix_tokens=geometry.num_prefix_tokens,
-        blocks=plan_blocks(
-            method,
-            config.options,
-            config.sites,
-            depth=geometry.depth,
-            num_patch_tokens=geometry.num_patch_tokens,
-            num_prefix_tokens=geometry.num_prefix_tokens,
-        ),
+        blocks=blocks,
+        is_static=method.is_static(config.options, [step for block in blocks for step in block.steps]),
     )
 
 
@@ -174,12 +180,12 @@ def content_hash(config: PruneConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _wanted(site: Site, present: int, initial: int) -> int:
-    """Tokens the site asks to keep. Ratios round up on Python floats, as EViT's official code does."""
+def _wanted(site: Site, present: int, initial: int, method: Method) -> int:
+    """Tokens the site asks to keep."""
     if site.keep_ratio is not None:
-        return math.ceil(site.keep_ratio * present)
+        return method.kept_of(site.keep_ratio, present)
     if site.cumulative_keep_ratio is not None:
-        return math.ceil(site.cumulative_keep_ratio * initial)
+        return method.kept_of(site.cumulative_keep_ratio, initial)
     if site.tokens is not None:
         return site.tokens
     assert site.remove is not None

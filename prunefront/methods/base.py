@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from prunefront.config import Site, describe_validation_error
 from prunefront.errors import ConfigError, ModelError
-from prunefront.ops.attention import AttentionState
-from prunefront.ops.select import take_tokens
+from prunefront.ops.attention import AttentionState, log_size_bias
+from prunefront.ops.tokens import Tokens, with_prefix
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from prunefront.blocks import Blocks
     from prunefront.geometry import ModelGeometry
     from prunefront.schedule import Step
 
@@ -52,6 +56,15 @@ class Aux:
         origin: For every token that entered block 0, the position it ended in, -1 when dropped; (B, N0).
         sites: One record per reduction, in order of execution.
         sizes: Token sizes leaving each block, (B, N), from the first reduction on.
+        num_packages: Tokens at the end of ``tokens`` that a method appended and never ranks.
+        present: False where ``tokens`` is padding, (B, N), or None where every token is real.
+        decisions: Of methods with learned selection, per stage: 1 for the initial patches still kept after it, 0 for
+            the others, (B, patches). In training with the gradient of the straight-through estimator, nested: a token
+            once dropped stays dropped.
+        class_logits: Logits of the class token alone, (B, classes); equal to the model's where nothing else votes.
+        token_logits: Logits of each token from the first patch on, (B, N - prefix, classes), where the backbone has
+            such a head (LV-ViT), else None.
+        class_tokens: The first token leaving each block, (depth, B, C), before the final norm.
     """
 
     tokens: Tensor
@@ -59,6 +72,12 @@ class Aux:
     origin: Tensor
     sites: list[SiteRecord]
     sizes: dict[int, Tensor]
+    num_packages: int = 0
+    present: Tensor | None = None
+    decisions: list[Tensor] = field(default_factory=list)
+    class_logits: Tensor | None = None
+    token_logits: Tensor | None = None
+    class_tokens: Tensor | None = None
 
 
 class Recorder:
@@ -68,12 +87,46 @@ class Recorder:
         self.origin = torch.arange(tokens, device=device).expand(batch, tokens)
         self.sites: list[SiteRecord] = []
         self.sizes: dict[int, Tensor] = {}
+        self.decisions: list[Tensor] = []
+        self.class_tokens: list[Tensor] = []
         self.block = 0
 
     def add(self, op: str, assignment: Tensor, **values: Tensor) -> None:
         self.sites.append(SiteRecord(block=self.block, op=op, assignment=assignment, values=values))
         followed = assignment.gather(1, self.origin.clamp(min=0))
         self.origin = torch.where(self.origin < 0, self.origin, followed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """How methods with learned selection run without removing anything: dropped tokens are masked in the attention.
+
+    Attributes:
+        eps: Share of attention spread over all keys; 1e-6 in training.
+        noise: (stage, scores (B, N, 2)) → Gumbel noise of the same shape, or None to decide without.
+    """
+
+    eps: float
+    noise: Callable[[int, Tensor], Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What one forward pass tells a method about one block.
+
+    Attributes:
+        options: Complete options of the method.
+        stage: Which of the config's sites act in this block: number of the first one, from 0.
+        predictor: Learned parts of the site, where the method has any.
+        masking: Mask dropped tokens instead of removing them; None removes.
+        recorder: Takes the decisions when wanted.
+    """
+
+    options: Mapping[str, Any]
+    stage: int = 0
+    predictor: nn.Module | None = None
+    masking: Masking | None = None
+    recorder: Recorder | None = None
 
 
 class Method(ABC):
@@ -87,6 +140,9 @@ class Method(ABC):
     two_sites_per_block: ClassVar[bool] = False
     ranking_ops: ClassVar[tuple[str, ...]] = ()  # need a class token
     acts_when_nothing_is_removed: ClassVar[bool] = False
+    acts_before_attention: ClassVar[bool] = False  # else between attention and MLP
+    carries_added_tokens: ClassVar[bool] = False  # else an added token is ranked like any other at the next site
+    masks_in_training: ClassVar[bool] = False  # nothing is removed while the model trains
     resizes_position_embedding: ClassVar[bool] = False
     options_model: ClassVar[type[MethodOptions]] = MethodOptions
 
@@ -159,52 +215,59 @@ class Method(ABC):
         """Whether the operation appends one token that is not counted as kept."""
         return False
 
+    def kept_of(self, share: float, tokens: int) -> int:
+        """Tokens that a ratio keeps of ``tokens``. Rounded up on Python floats, as in EViT's official code."""
+        return math.ceil(share * tokens)
+
+    def is_static(self, options: Mapping[str, Any], steps: Sequence[Step]) -> bool:
+        """Whether every image keeps the counts of the schedule."""
+        return True
+
     # Tensors -------------------------------------------------------------------------------------------------------
+
+    def create_predictor(self, geometry: ModelGeometry) -> nn.Module | None:
+        """The learned parts of one site, freshly initialised; None for methods without any."""
+        return None
 
     def uses_size_bias(self, options: Mapping[str, Any]) -> bool:
         """Whether attention is proportional to token size."""
         return False
 
+    def attention_bias(self, tokens: Tokens, call: Call) -> Tensor | None:
+        """What a block's attention adds to its logits, or which keys it may see."""
+        if tokens.present is not None:
+            return tokens.present[:, None, None, :]
+        return log_size_bias(tokens.size, tokens.x.dtype) if self.uses_size_bias(call.options) else None
+
+    def forward_block(
+        self, blocks: Blocks, block: nn.Module, tokens: Tokens, steps: Sequence[Step], call: Call
+    ) -> Tokens:
+        """One transformer block with its reductions.
+
+        Args:
+            blocks: The family of ``block``.
+            block: A block.
+            tokens: Entering it.
+            steps: Reductions of this block, effective integers; without any the block runs as its library has it.
+            call: Of this block.
+        """
+        bias = self.attention_bias(tokens, call)
+        if not steps:
+            return tokens.but(x=blocks.whole(block, tokens, bias))
+        branch, state = blocks.attention(block, tokens, bias)
+        tokens = self.reduce(tokens.but(x=tokens.x + branch), state, steps, call)
+        return tokens.but(x=tokens.x + blocks.mlp(block, tokens.x))
+
     @abstractmethod
-    def reduce(
-        self,
-        x: Tensor,
-        size: Tensor | None,
-        state: AttentionState,
-        steps: Sequence[Step],
-        *,
-        num_prefix_tokens: int,
-        options: Mapping[str, Any],
-        recorder: Recorder | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
         """Carry out the steps of one block, between its attention and its MLP.
 
         Args:
-            x: Tokens after the attention residual, (B, N, C), prefix first.
-            size: Token sizes (B, N) in float32, or None while all are one.
+            tokens: After the attention residual.
             state: Of this block's attention.
             steps: Effective integers.
-            num_prefix_tokens: Leading tokens that always stay where they are.
-            options: Complete options of the method.
-            recorder: Takes decisions when the caller wants them.
-
-        Returns:
-            Remaining tokens and their sizes.
+            call: Of this block.
         """
-
-
-def keep_with_prefix(
-    x: Tensor, size: Tensor | None, index: Tensor, num_prefix_tokens: int
-) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens followed by the non-prefix tokens at ``index`` (B, K), and their sizes."""
-    positions = with_prefix(index, num_prefix_tokens)
-    return take_tokens(x, positions), None if size is None else size.gather(1, positions)
-
-
-def with_prefix(index: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Absolute positions of the prefix followed by ``index``, which counts from the first non-prefix token."""
-    prefix = torch.arange(num_prefix_tokens, device=index.device).expand(index.shape[0], -1)
-    return torch.cat((prefix, index + num_prefix_tokens), dim=1)
 
 
 def kept_assignment(index: Tensor, num_prefix_tokens: int, tokens: int, rest: int = -1) -> Tensor:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from prunefront.methods.base import Method, Recorder, keep_with_prefix, kept_assignment
+from prunefront.methods.base import Call, Method, kept_assignment
 from prunefront.ops.attention import AttentionState, class_scores
 from prunefront.ops.merge import match_tail, merge_tail
 from prunefront.ops.select import top_tokens
+from prunefront.ops.tokens import Tokens
 
 if TYPE_CHECKING:
     from prunefront.schedule import Step
@@ -35,38 +35,28 @@ class DiffRate(Method):
     def uses_size_bias(self, options: Mapping[str, Any]) -> bool:
         return True
 
-    def reduce(
-        self,
-        x: Tensor,
-        size: Tensor | None,
-        state: AttentionState,
-        steps: Sequence[Step],
-        *,
-        num_prefix_tokens: int,
-        options: Mapping[str, Any],
-        recorder: Recorder | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
         prune = next((step for step in steps if step.op == "prune"), None)
         merge = next((step for step in steps if step.op == "merge_mean"), None)
-        scores = class_scores(state, num_prefix_tokens)
+        prefix, present = tokens.num_prefix, tokens.x.shape[1]
+        scores = class_scores(state, prefix)
         order = top_tokens(scores, prune.kept if prune is not None else scores.shape[1])
-        tokens = x.shape[1]
-        x, size = keep_with_prefix(x, size, order, num_prefix_tokens)
-        if recorder is not None:
-            recorder.add("prune", kept_assignment(order, num_prefix_tokens, tokens), scores=scores, order=order)
+        tokens = tokens.take(order)
+        if call.recorder is not None:
+            call.recorder.add("prune", kept_assignment(order, prefix, present), scores=scores, order=order)
         if merge is None or not merge.removed:
-            return x, size
-        match = match_tail(x[:, num_prefix_tokens:], merge.kept)
-        patch_size = None if size is None else size[:, num_prefix_tokens:]
-        merged, merged_size = merge_tail(x[:, num_prefix_tokens:], patch_size, match)
-        prefix_size = (
-            merged_size.new_ones(x.shape[0], num_prefix_tokens) if size is None else size[:, :num_prefix_tokens]
-        )
-        if recorder is not None:
-            stay = torch.arange(num_prefix_tokens + merge.kept, device=x.device).expand(x.shape[0], -1)
-            assignment = torch.cat((stay, num_prefix_tokens + match.destination), dim=1)
-            recorder.add("merge_mean", assignment, merge_dst=match.destination, merge_sim=match.similarity)
-        return (
-            torch.cat((x[:, :num_prefix_tokens], merged), dim=1),
-            torch.cat((prefix_size, merged_size), dim=1),
+            return tokens
+        match = match_tail(tokens.x[:, prefix:], merge.kept)
+        patch_size = None if tokens.size is None else tokens.size[:, prefix:]
+        merged, merged_size = merge_tail(tokens.x[:, prefix:], patch_size, match)
+        prefix_size = merged_size.new_ones(len(merged), prefix) if tokens.size is None else tokens.size[:, :prefix]
+        left = prefix + merge.kept
+        if call.recorder is not None:
+            stay = torch.arange(left, device=tokens.x.device).expand(len(merged), -1)
+            assignment = torch.cat((stay, prefix + match.destination), dim=1)
+            call.recorder.add("merge_mean", assignment, merge_dst=match.destination, merge_sim=match.similarity)
+        return tokens.but(
+            x=torch.cat((tokens.x[:, :prefix], merged), dim=1),
+            size=torch.cat((prefix_size, merged_size), dim=1),
+            places=None if tokens.places is None else tokens.places[:, :left],
         )

@@ -7,15 +7,13 @@ token is kept behind the class token and never ranked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from prunefront.methods.base import Method, Recorder, keep_with_prefix, kept_assignment
+from prunefront.methods.base import Call, Method, kept_assignment
 from prunefront.ops.attention import AttentionState, class_scores
 from prunefront.ops.select import fuse_dropped, top_tokens
+from prunefront.ops.tokens import Tokens
 
 if TYPE_CHECKING:
     from prunefront.schedule import Step
@@ -32,26 +30,17 @@ class EViT(Method):
     def adds_token(self, op: str) -> bool:
         return op == "fuse"
 
-    def reduce(
-        self,
-        x: Tensor,
-        size: Tensor | None,
-        state: AttentionState,
-        steps: Sequence[Step],
-        *,
-        num_prefix_tokens: int,
-        options: Mapping[str, Any],
-        recorder: Recorder | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
         (step,) = steps
-        scores = class_scores(state, num_prefix_tokens)
+        prefix = tokens.num_prefix
+        scores = class_scores(state, prefix)
         index = top_tokens(scores, step.kept)
-        kept, _ = keep_with_prefix(x, None, index, num_prefix_tokens)
+        kept = tokens.take(index)
         rest = -1
         if step.op == "fuse":
-            rest = kept.shape[1]
-            kept = torch.cat((kept, fuse_dropped(x[:, num_prefix_tokens:], scores, index)), dim=1)
-        if recorder is not None:
-            assignment = kept_assignment(index, num_prefix_tokens, x.shape[1], rest)
-            recorder.add(step.op, assignment, scores=scores, kept_idx=index)
-        return kept, None
+            rest = kept.x.shape[1]
+            kept = kept.append(fuse_dropped(tokens.x[:, prefix:], scores, index))
+        if call.recorder is not None:
+            assignment = kept_assignment(index, prefix, tokens.x.shape[1], rest)
+            call.recorder.add(step.op, assignment, scores=scores, kept_idx=index)
+        return kept

@@ -14,11 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prunefront.methods.base import Method, MethodOptions, Recorder, keep_with_prefix, kept_assignment
-from prunefront.methods.tome import match_assignment, match_values
+from prunefront.methods.base import Call, Method, MethodOptions, kept_assignment
+from prunefront.methods.tome import match_assignment, match_values, merge_tokens
 from prunefront.ops.attention import AttentionState, class_value_scores, key_metric
-from prunefront.ops.merge import bipartite_match, merge_limit, merge_matched
+from prunefront.ops.merge import bipartite_match, merge_limit
 from prunefront.ops.select import top_tokens
+from prunefront.ops.tokens import Tokens
 
 if TYPE_CHECKING:
     from prunefront.schedule import Step
@@ -46,72 +47,59 @@ class PPT(Method):
     def uses_size_bias(self, options: Mapping[str, Any]) -> bool:
         return bool(options["prop_attn"])
 
-    def reduce(
-        self,
-        x: Tensor,
-        size: Tensor | None,
-        state: AttentionState,
-        steps: Sequence[Step],
-        *,
-        num_prefix_tokens: int,
-        options: Mapping[str, Any],
-        recorder: Recorder | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
         (step,) = steps
-        threshold = options["threshold"]
-        if not options["prop_attn"]:
-            size = None  # every site starts from ones again (official behaviour)
-        present = step.kept + step.removed
-        forced = forced_branch(threshold, present)
+        threshold, prefix = call.options["threshold"], tokens.num_prefix
+        if not call.options["prop_attn"]:
+            tokens = tokens.but(size=None)  # every site starts from ones again (official behaviour)
+        forced = forced_branch(threshold, step.kept + step.removed)
         scores = variance = None
-        if forced != "pool" or recorder is not None:
-            scores = class_value_scores(state, num_prefix_tokens)
+        if forced != "pool" or call.recorder is not None:
+            scores = class_value_scores(state, prefix)
             variance = scores.detach().var(dim=-1, unbiased=True)
 
-        pruned = pooled = index = match = None
+        pruned = pooled = index = match = policy = None
         if forced != "pool":
             assert scores is not None
             index = top_tokens(scores, step.kept)
-            pruned = keep_with_prefix(x, size, index, num_prefix_tokens)
+            pruned = tokens.take(index)
         if forced != "prune":
-            match = bipartite_match(key_metric(state, num_prefix_tokens), step.removed, num_prefix_tokens)
-            patches, patch_size = merge_matched(
-                x[:, num_prefix_tokens:], None if size is None else size[:, num_prefix_tokens:], match
-            )
-            prefix_size = patch_size.new_ones(x.shape[0], num_prefix_tokens)
-            pooled = (
-                torch.cat((x[:, :num_prefix_tokens], patches), dim=1),
-                torch.cat((prefix_size, patch_size), dim=1),
-            )
-
-        if pooled is None:
-            assert pruned is not None
-            out, out_size = pruned
-            policy = None if variance is None else torch.zeros_like(variance, dtype=torch.bool)
-        elif pruned is None:
-            out, out_size = pooled
-            policy = None if variance is None else torch.ones_like(variance, dtype=torch.bool)
-        else:
+            match = bipartite_match(key_metric(state, prefix), step.removed, prefix)
+            pooled = merge_tokens(tokens, match)
+        if variance is not None:
+            policy = (torch.ones_like if forced == "pool" else torch.zeros_like)(variance, dtype=torch.bool)
+        if pooled is not None and pruned is not None:
             # Both results for the whole batch, chosen per image: no branch that depends on data, so graphs stay whole.
             assert variance is not None
             policy = variance < threshold
-            out = torch.where(policy[:, None, None], pooled[0], pruned[0])
-            pruned_size = torch.ones_like(pooled[1]) if pruned[1] is None else pruned[1]
-            out_size = torch.where(policy[:, None], pooled[1], pruned_size)
+            out = choose(policy, pooled, pruned)
+        else:
+            either = pruned if pruned is not None else pooled
+            assert either is not None
+            out = either
 
-        if recorder is not None:
+        if call.recorder is not None:
             assert scores is not None and variance is not None and policy is not None
             values = {"scores": scores, "var": variance, "policy": policy}
-            assignment = torch.full_like(policy, -1, dtype=torch.long)[:, None].expand(-1, x.shape[1])
+            assignment = torch.full_like(policy, -1, dtype=torch.long)[:, None].expand(-1, tokens.x.shape[1])
             if index is not None:
                 values["kept_idx"] = index
-                assignment = kept_assignment(index, num_prefix_tokens, x.shape[1])
+                assignment = kept_assignment(index, prefix, tokens.x.shape[1])
             if match is not None:
                 values |= match_values(match)
-                to_pool = match_assignment(match, num_prefix_tokens, x.shape[1])
+                to_pool = match_assignment(match, prefix, tokens.x.shape[1])
                 assignment = torch.where(policy[:, None], to_pool, assignment)
-            recorder.add(step.op, assignment, **values)
-        return out, out_size
+            call.recorder.add(step.op, assignment, **values)
+        return out
+
+
+def choose(policy: Tensor, yes: Tokens, no: Tokens) -> Tokens:
+    """Per image ``yes`` where ``policy`` (B,) holds, else ``no``; both have as many tokens."""
+    return yes.but(
+        x=torch.where(policy[:, None, None], yes.x, no.x),
+        size=torch.where(policy[:, None], yes.sizes(), no.sizes()),
+        places=None if yes.places is None or no.places is None else torch.where(policy[:, None], yes.places, no.places),
+    )
 
 
 def forced_branch(threshold: float | None, present: int) -> str | None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunefront.methods.base import Method, MethodOptions, Recorder
+from prunefront.methods.base import Call, Method, MethodOptions, Recorder
 from prunefront.ops.attention import AttentionState, key_metric
 from prunefront.ops.merge import TokenMatch, bipartite_match, merge_limit, merge_matched
+from prunefront.ops.tokens import Tokens
 
 if TYPE_CHECKING:
     from prunefront.schedule import Step
@@ -36,41 +37,34 @@ class ToMe(Method):
     def uses_size_bias(self, options: Mapping[str, Any]) -> bool:
         return bool(options["prop_attn"])
 
-    def reduce(
-        self,
-        x: Tensor,
-        size: Tensor | None,
-        state: AttentionState,
-        steps: Sequence[Step],
-        *,
-        num_prefix_tokens: int,
-        options: Mapping[str, Any],
-        recorder: Recorder | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
         (step,) = steps
-        metric = key_metric(state, num_prefix_tokens)
-        return merge_by_metric(x, size, metric, step, num_prefix_tokens=num_prefix_tokens, recorder=recorder)
+        return merge_by_metric(tokens, key_metric(state, tokens.num_prefix), step, call.recorder)
 
 
-def merge_by_metric(
-    x: Tensor,
-    size: Tensor | None,
-    metric: Tensor,
-    step: Step,
-    *,
-    num_prefix_tokens: int,
-    recorder: Recorder | None,
-) -> tuple[Tensor, Tensor]:
+def merge_by_metric(tokens: Tokens, metric: Tensor, step: Step, recorder: Recorder | None) -> Tokens:
     """Bipartite merge of the non-prefix tokens by the similarity of ``metric`` (B, N - prefix, D)."""
-    match = bipartite_match(metric, step.removed, num_prefix_tokens)
-    patch_size = None if size is None else size[:, num_prefix_tokens:]
-    merged, merged_size = merge_matched(x[:, num_prefix_tokens:], patch_size, match)
-    prefix_size = merged_size.new_ones(x.shape[0], num_prefix_tokens) if size is None else size[:, :num_prefix_tokens]
+    match = bipartite_match(metric, step.removed, tokens.num_prefix)
     if recorder is not None:
-        recorder.add(step.op, match_assignment(match, num_prefix_tokens, x.shape[1]), **match_values(match))
-    return (
-        torch.cat((x[:, :num_prefix_tokens], merged), dim=1),
-        torch.cat((prefix_size, merged_size), dim=1),
+        recorder.add(step.op, match_assignment(match, tokens.num_prefix, tokens.x.shape[1]), **match_values(match))
+    return merge_tokens(tokens, match)
+
+
+def merge_tokens(tokens: Tokens, match: TokenMatch) -> Tokens:
+    """Merge matched tokens; a merged token keeps the place of its destination, in the order [kept a, all b]."""
+    prefix = tokens.num_prefix
+    patch_size = None if tokens.size is None else tokens.size[:, prefix:]
+    merged, merged_size = merge_matched(tokens.x[:, prefix:], patch_size, match)
+    prefix_size = merged_size.new_ones(len(merged), prefix) if tokens.size is None else tokens.size[:, :prefix]
+    places = tokens.places
+    if places is not None:
+        of_patches = places[:, prefix:]
+        kept = of_patches[:, match.a_offset :: 2].gather(1, match.kept)
+        places = torch.cat((places[:, :prefix], kept, of_patches[:, 1 - match.a_offset :: 2]), dim=1)
+    return tokens.but(
+        x=torch.cat((tokens.x[:, :prefix], merged), dim=1),
+        size=torch.cat((prefix_size, merged_size), dim=1),
+        places=places,
     )
 
 

@@ -5,7 +5,7 @@ Shapes: B images, N tokens, H heads, D channels per head, C = H * D.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.layers import Attention
@@ -21,7 +21,7 @@ class AttentionState:
     k: Tensor
     v: Tensor
     scale: float
-    bias: Tensor | None  # (B, 1, 1, N)
+    bias: Tensor | None  # (B, 1, 1, N) added to the logits, or a boolean mask of visible keys
 
 
 def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -35,27 +35,72 @@ def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return size.clamp(min=1e-6).log().to(dtype)[:, None, None, :]
 
 
+def project_qkv(attn: Attention, x: Tensor) -> AttentionState:
+    """Queries, keys and values of timm's multi-head attention for normalised tokens (B, N, C), after q/k norm."""
+    batch, tokens, _ = x.shape
+    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    return AttentionState(q=attn.q_norm(q), k=attn.k_norm(k), v=v, scale=attn.scale, bias=None)
+
+
+def join_heads(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
+    """What follows the product with the values: output norm, gate and projection.
+
+    Args:
+        attn: A plain timm attention.
+        heads: Attended values, (B, H, N, D).
+        x: The normalised tokens that attention was given, (B, N, C); a gate reads them.
+    """
+    out = attn.norm(heads.transpose(1, 2).reshape(*x.shape[:2], attn.attn_dim))
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    projected: Tensor = attn.proj_drop(attn.proj(out))
+    return projected
+
+
 def attend(attn: Attention, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
     """timm's multi-head attention through SDPA, handing out q, k and v.
 
     Args:
         attn: A plain timm attention; q/k norm, output norm and gate are applied.
         x: Normalised tokens, (B, N, C).
-        bias: Added to the logits, (B, 1, 1, N), or None.
+        bias: Added to the logits, or a boolean mask of visible keys; broadcast to (B, H, N, N); or None.
 
     Returns:
         The projected output (B, N, C) and the state to score tokens with.
     """
-    batch, tokens, _ = x.shape
-    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attn.attn_drop.p if attn.training else 0.0)
-    out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, attn.attn_dim))
-    gate = getattr(attn, "gate", None)
-    if gate is not None:
-        out = out * gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out)), AttentionState(q=q, k=k, v=v, scale=attn.scale, bias=bias)
+    state = project_qkv(attn, x)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(state.q, state.k, state.v, attn_mask=bias, dropout_p=dropout)
+    return join_heads(attn, out, x), replace(state, bias=bias)
+
+
+def masked_softmax(logits: Tensor, policy: Tensor, eps: float) -> Tensor:
+    """Softmax over the tokens that a policy keeps, differentiable in the policy.
+
+    Section 3.3 of Rao et al., "DynamicViT", NeurIPS 2021: a token always sees itself and otherwise only kept tokens.
+    As in the official code a kept share of ``eps`` is spread over all keys; ``eps`` = 0 leaves dropped keys exactly 0.
+
+    Args:
+        logits: Scaled products of queries and keys, (B, H, N, N).
+        policy: 1 for kept tokens, 0 for dropped ones, (B, N).
+        eps: 1e-6 in training.
+
+    Returns:
+        Attention in float32, (B, H, N, N).
+    """
+    logits = logits.float()
+    itself = torch.eye(policy.shape[1], device=policy.device, dtype=torch.float32)
+    visible = policy.float()[:, None, None, :]
+    visible = visible + (1.0 - visible) * itself
+    if eps == 0:
+        # The largest visible logit: a dropped key that dominates would leave 0/0.
+        peak = logits.masked_fill(visible == 0, -torch.inf).amax(dim=-1, keepdim=True)
+        weights = (logits - peak).masked_fill(visible == 0, -torch.inf).exp() * visible
+    else:
+        weights = (logits - logits.amax(dim=-1, keepdim=True)).exp() * visible
+    return (weights + eps / policy.shape[1]) / (weights.sum(dim=-1, keepdim=True) + eps)
 
 
 def class_attention(state: AttentionState) -> Tensor:
@@ -65,7 +110,8 @@ def class_attention(state: AttentionState) -> Tensor:
     """
     row = (state.q[:, :, :1] * state.scale) @ state.k.transpose(-2, -1)
     if state.bias is not None:
-        row = row + state.bias
+        bias = state.bias[:, :, :1]
+        row = row.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else row + bias
     return row.squeeze(2).float().softmax(dim=-1)
 
 

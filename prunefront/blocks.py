@@ -1,0 +1,68 @@
+"""How the blocks of a backbone are taken apart, so that a method can act between attention and MLP.
+
+One stateless object per family of blocks; methods know nothing of the modules behind it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from prunefront.ops.attention import AttentionState, attend, join_heads, project_qkv
+from prunefront.ops.tokens import Tokens
+
+Weigh = Callable[[AttentionState], Tensor]
+
+
+class Blocks(ABC):
+    """A family of pre-norm transformer blocks. Branches come out with layer scale and stochastic depth applied."""
+
+    @abstractmethod
+    def whole(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
+        """The block as its library runs it: tokens (B, N, C) to (B, N, C)."""
+
+    @abstractmethod
+    def attention(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
+        """The attention branch (B, N, C), without the residual, and the state to score tokens with.
+
+        Args:
+            block: One block.
+            tokens: Entering it.
+            bias: Added to the logits, or a boolean mask of visible keys; broadcast to (B, H, N, N); or None.
+        """
+
+    @abstractmethod
+    def weighed_attention(self, block: nn.Module, tokens: Tokens, weigh: Weigh) -> Tensor:
+        """The attention branch (B, N, C) with attention weights (B, H, N, N) of the caller's making."""
+
+    @abstractmethod
+    def mlp(self, block: nn.Module, x: Tensor) -> Tensor:
+        """The MLP branch for tokens (B, N, C), without the residual."""
+
+
+class ViTBlocks(Blocks):
+    """timm's plain ``Block``."""
+
+    def whole(self, block: Any, tokens: Tokens, bias: Tensor | None) -> Tensor:
+        assert isinstance(block, Block)
+        out: Tensor = block(tokens.x) if bias is None else block(tokens.x, attn_mask=bias)
+        return out
+
+    def attention(self, block: Any, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
+        attended, state = attend(block.attn, block.norm1(tokens.x), bias)
+        return block.drop_path1(block.ls1(attended)), state
+
+    def weighed_attention(self, block: Any, tokens: Tokens, weigh: Weigh) -> Tensor:
+        normed = block.norm1(tokens.x)
+        state = project_qkv(block.attn, normed)
+        heads = block.attn.attn_drop(weigh(state)).to(state.v.dtype) @ state.v
+        out: Tensor = block.drop_path1(block.ls1(join_heads(block.attn, heads, normed)))
+        return out
+
+    def mlp(self, block: Any, x: Tensor) -> Tensor:
+        out: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return out
