@@ -50,6 +50,14 @@ class World:
         """Whether any process raised each flag; every process gets the same answer."""
         return [bool(value) for value in self._reduce([float(flag) for flag in flags], distributed.ReduceOp.MAX)]
 
+    def gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, rank by rank, on the CPU; each process gives as many, (N, ...)."""
+        if self.size == 1:
+            return values.cpu()
+        parts = [torch.empty_like(values, device=self.device) for _ in range(self.size)]
+        distributed.all_gather(parts, values.to(self.device))
+        return torch.cat(parts).cpu()
+
     def wait(self) -> None:
         """Wait until every process is here."""
         self.total([0.0])

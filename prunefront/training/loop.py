@@ -38,6 +38,7 @@ from prunefront.training.data import (
 from prunefront.training.distributed import World
 from prunefront.training.errors import DivergedError, StoppedError
 from prunefront.training.evaluate import DType, Progress, ShouldStop, autocast, check_labels, evaluate
+from prunefront.training.examples import ExampleSelection
 from prunefront.training.logs import RunLog
 from prunefront.training.objectives import build_objective
 from prunefront.training.optimization import Optimization, held_still, set_drop_path
@@ -63,6 +64,7 @@ class _Position:
     place: int = 0  # steps of this epoch
     loss_sum: float = 0.0
     num_correct: int = 0
+    num_images: int = 0
     parts: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     history: list[Record] = field(default_factory=list)
@@ -145,12 +147,21 @@ def train(
     )
     num_classes = getattr(model, "num_classes", split.num_classes)
     check_classes(split, num_classes)
+    examples = None
+    if recipe.examples is not None:
+        if recipe.examples.score != "forgetting":
+            raise ConfigError(
+                f"The score {recipe.examples.score!r} needs the class attention of every image, which training does "
+                "not keep; set examples.score=forgetting."
+            )
+        examples = ExampleSelection(len(split), recipe.examples, seed=seed)
+    num_images = len(split) if examples is None else len(examples.train)
     step_images = recipe.batch_size * recipe.accumulate * world.size
-    steps_per_epoch = len(split) // step_images
+    steps_per_epoch = num_images // step_images
     if steps_per_epoch == 0:
         what = "One batch takes" if step_images == recipe.batch_size else "One step of all processes takes"
         raise DatasetError(
-            f"{what} {step_images} images, but the train split of {dataset_id!r} has {len(split)}. "
+            f"{what} {step_images} images, but the train split of {dataset_id!r} has {num_images}. "
             "Choose a smaller batch_size in the recipe."
         )
     with _quiet_random_state(), held_still(model, recipe.frozen_parameters):
@@ -160,6 +171,7 @@ def train(
             model=model.to(device),
             teacher=teacher,
             split=split,
+            examples=examples,
             validation=open_split(dataset_id, "search", data_config=data_config) if validates else None,
             recipe=recipe,
             epochs=epochs,
@@ -192,6 +204,7 @@ class _Run:
         model: nn.Module,
         teacher: nn.Module | None,
         split: SplitDataset,
+        examples: ExampleSelection | None,
         validation: SplitDataset | None,
         recipe: Recipe,
         epochs: int,
@@ -204,6 +217,7 @@ class _Run:
         folder: Path,
     ) -> None:
         self.model, self.split, self.validation, self.recipe = model, split, validation, recipe
+        self.examples = examples
         self.epochs, self.steps_per_epoch, self.num_steps = epochs, steps_per_epoch, epochs * steps_per_epoch
         self.device, self.dtype, self.num_workers, self.seed, self.world = device, dtype, num_workers, seed, world
         self.folder, self.checkpoint_path = folder, folder / CHECKPOINT_NAME
@@ -302,11 +316,16 @@ class _Run:
         if self.ema is not None and self.world.is_main:
             save_weights(self.ema.module, self.folder / EMA_NAME)
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
         """What is left of the epoch's batches, for this process."""
-        sharing: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
         if self.world.size > 1 or self.recipe.repeats > 1:
-            sharing = {"rank": self.world.rank, "world_size": self.world.size, "repeats": self.recipe.repeats}
+            chosen = {"rank": self.world.rank, "world_size": self.world.size, "repeats": self.recipe.repeats}
+        if self.examples is not None:
+            event = self.examples.start_epoch(epoch)
+            if event is not None:
+                _log.info("images exchanged", extra={"action": "examples_event", "removed": len(event.removed)})
+            chosen |= {"indices": self.examples.train, "with_index": True}
         return training_batches(
             self.split,
             batch_size=self.recipe.batch_size,
@@ -314,10 +333,10 @@ class _Run:
             epoch=epoch,
             first_batch=self.position.place * self.recipe.accumulate,
             num_workers=self.num_workers,
-            **sharing,
+            **chosen,
         )
 
-    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _step(self, batches: Iterator[tuple[Tensor, ...]]) -> None:
         """One step of the optimizer, on ``accumulate`` batches."""
         position, recipe, started = self.position, self.recipe, time.monotonic()
         self.optimization.set_rates(position.step)
@@ -325,9 +344,9 @@ class _Run:
         options: dict[str, Any] = {}
         if self.sites is not None:
             options["schedule"] = self.sites.at(self._openness(position.step))
-        losses, num_correct, parts = 0.0, 0, dict(position.parts)
+        losses, num_correct, num_images, parts = 0.0, 0, 0, dict(position.parts)
         for number in range(recipe.accumulate):
-            images, labels = self._next(batches)
+            images, labels, index = self._next(batches)
             self._seed_batch(position.step * recipe.accumulate + number)
             targets = labels
             if self.mixup is not None:
@@ -344,7 +363,10 @@ class _Run:
                     raise self._diverged("loss", value)
                 self.scaler.scale(loss.total / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
             losses += value / recipe.accumulate
-            num_correct += int((loss.logits.argmax(dim=1) == labels).sum())
+            hits = loss.logits.argmax(dim=1) == labels
+            num_correct, num_images = num_correct + int(hits.sum()), num_images + len(hits)
+            if index is not None:
+                self._record_examples(index, hits)
             for name, part in loss.parts.items():
                 parts[name] = parts.get(name, 0.0) + float(part.detach()) / recipe.accumulate
         self._update()
@@ -352,19 +374,35 @@ class _Run:
         position.place += 1
         position.loss_sum += losses
         position.num_correct += num_correct
+        position.num_images += num_images
         position.parts = parts
         position.seconds += time.monotonic() - started
 
-    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _next(self, batches: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor | None]:
         try:
-            images, labels = next(batches)
+            images, labels, *rest = next(batches)
         except StopIteration:
             raise DatasetError(
                 f"The train split of {self.split.dataset_id!r} promised {len(self.split)} images but ended early. "
                 "Correct num_images in its settings entry."
             ) from None
         check_labels(labels, self.split)
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if self.mixup is not None and len(labels) % 2:
+            # Mixup pairs images, but one that cannot be decoded may be missing.
+            pairs = torch.arange(len(labels) + 1) % len(labels) if len(labels) == 1 else torch.arange(len(labels) - 1)
+            images, labels, *rest = (tensor[pairs] for tensor in (images, labels, *rest))
+        index = rest[0] if rest else None
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), index
+
+    def _record_examples(self, index: Tensor, hits: Tensor) -> None:
+        """Tell the example level which images the model got right; all processes record the same."""
+        if self.examples is None or not self.examples.is_collecting:
+            return
+        rows = torch.full((self.recipe.batch_size, 2), -1, dtype=torch.int64)  # as many on each process
+        rows[: len(index)] = torch.stack((index, hits.cpu().long()), dim=1)
+        rows = self.world.gathered(rows)
+        rows = rows[rows[:, 0] >= 0]
+        self.examples.record(rows[:, 0].numpy(), rows[:, 1].numpy())
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -392,24 +430,21 @@ class _Run:
     # Epochs --------------------------------------------------------------------------------------------------------
 
     def _finish_epoch(self, epoch: int, should_stop: ShouldStop | None) -> Record:
-        position, steps = self.position, self.steps_per_epoch
-        names = sorted(position.parts)
-        loss, correct, *parts = self.world.total(
-            [position.loss_sum, position.num_correct, *(position.parts[name] for name in names)]
-        )
+        position, batches = self.position, self.steps_per_epoch * self.world.size
+        sums = self._sums()
         record: Record = {
             "epoch": float(epoch),
-            "loss": loss / (steps * self.world.size),
-            "top1": correct / (steps * self.world.size * self.recipe.batch_size * self.recipe.accumulate),
+            "loss": sums["loss_sum"] / batches,
+            "top1": sums["num_correct"] / sums["num_images"],
             "lr": self.optimization.lr,
-            **{f"loss_{name}": part / (steps * self.world.size) for name, part in zip(names, parts, strict=True)},
+            **{f"loss_{name}": part / batches for name, part in sums["parts"].items()},
         }
         if self.validation is not None and ((epoch + 1) % self.recipe.validate_every == 0 or epoch + 1 == self.epochs):
             record |= self._validate(self.validation, epoch, should_stop)
         position.history.append(record)
         position.epoch_seconds.append(position.seconds)
-        position.place, position.loss_sum, position.num_correct, position.seconds = 0, 0.0, 0, 0.0
-        position.parts = {}
+        position.place, position.seconds = 0, 0.0
+        self._clear_sums()
         _log.info("epoch finished", extra={"action": "train_epoch", **record})
         return record
 
@@ -475,14 +510,9 @@ class _Run:
 
     def save(self) -> None:
         """Write the checkpoint; all processes take part, since the sums of the epoch are spread over them."""
-        position = self.position
-        names = sorted(position.parts)
-        loss, correct, *parts = self.world.total(
-            [position.loss_sum, position.num_correct, *(position.parts[name] for name in names)]
-        )
+        sums = self._sums()
         if not self.world.is_main:
             return
-        sums = {"loss_sum": loss, "num_correct": int(correct), "parts": dict(zip(names, parts, strict=True))}
         save_checkpoint(
             self.checkpoint_path,
             self.identity,
@@ -491,9 +521,29 @@ class _Run:
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "position": {**vars(position), **sums},
+                "examples": None if self.examples is None else self.examples.state_dict(),
+                "position": {**vars(self.position), **sums},
             },
         )
+
+    def _sums(self) -> dict[str, Any]:
+        """The sums of this epoch over all processes."""
+        position = self.position
+        names = sorted(position.parts)
+        loss, correct, images, *parts = self.world.total(
+            [position.loss_sum, position.num_correct, position.num_images, *(position.parts[name] for name in names)]
+        )
+        return {
+            "loss_sum": loss,
+            "num_correct": int(correct),
+            "num_images": int(images),
+            "parts": dict(zip(names, parts, strict=True)),
+        }
+
+    def _clear_sums(self) -> None:
+        position = self.position
+        position.loss_sum, position.num_correct, position.num_images = 0.0, 0, 0
+        position.parts = dict.fromkeys(position.parts, 0.0)
 
     def resume(self) -> None:
         """Load the folder's checkpoint, if there is one.
@@ -521,10 +571,11 @@ class _Run:
                 "Choose another folder, or remove that file to start anew."
             ) from error
         self.scaler.load_state_dict(state["scaler"])
+        if self.examples is not None:
+            self.examples.load_state_dict(state["examples"])
         self.position = _Position(**state["position"])
         if not self.world.is_main:  # the sums are rank 0's now
-            self.position.loss_sum, self.position.num_correct = 0.0, 0
-            self.position.parts = dict.fromkeys(self.position.parts, 0.0)
+            self._clear_sums()
         _log.info("training resumed", extra={"action": "train_resume", "step": self.position.step})
 
     # Ends ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 
 from prunefront.config import StrictModel, describe_validation_error
 from prunefront.errors import ConfigError, UnknownNameError
+from prunefront.training.examples import ExampleOptions
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -115,6 +116,7 @@ class Recipe(StrictModel):
     distillation: Distillation | None = Distillation()
     pruning: PruningLoss | None = None
     keep_rate: KeepRateSchedule | None = None
+    examples: ExampleOptions | None = Field(None, description="Leave training images out; null trains on all.")
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(None, description="Null keeps no average.")
     evaluates_ema: bool = Field(False, description="Whether validation looks at the averaged weights too.")
     validate_every: Count = Field(1, description="Epochs between validations; the last epoch is always validated.")
@@ -269,6 +271,7 @@ RECIPES: dict[str, Recipe] = {
         repeats=3,
         ema_decay=0.99996,
         keep_rate=KeepRateSchedule(start_epoch=10, epochs=100, evaluate_with="final"),
+        examples=ExampleOptions(),
     ),
     # Tri-Level E-ViT, Swin: 4 GPUs x 128.
     "trilevel-swin": Recipe(
@@ -285,6 +288,7 @@ RECIPES: dict[str, Recipe] = {
         scale_min_lr=True,
         weight_decay=0.05,
         drop_path=0.2,
+        examples=ExampleOptions(),
     ),
 }
 
@@ -371,14 +375,15 @@ def check_recipe(recipe: Recipe, method: str | None, name: str = "") -> None:
 def fit_to_epochs(recipe: Recipe, epochs: int) -> Recipe:
     """Return the recipe for a training of ``epochs``.
 
-    Warm-up, frozen phase and keep-rate schedule stay as they are where they fit into the training, and keep their share
-    of it where they do not: a run of 3 epochs is no warm-up alone.
+    Warm-up, frozen phase, keep-rate schedule and exchanges of images stay as they are where they fit into the training,
+    and keep their share of it where they do not: a run of 3 epochs is no warm-up alone.
     """
-    keep_rate = recipe.keep_rate
+    keep_rate, examples = recipe.keep_rate, recipe.examples
     longest = max(
         recipe.warmup_epochs,
         recipe.frozen_epochs,
         0.0 if keep_rate is None else keep_rate.start_epoch + keep_rate.epochs,
+        0 if examples is None else examples.interval_epochs * examples.events,
     )
     if epochs >= recipe.epochs or longest < epochs:
         return recipe.model_copy(update={"epochs": epochs})
@@ -391,6 +396,9 @@ def fit_to_epochs(recipe: Recipe, epochs: int) -> Recipe:
     if keep_rate is not None:
         phases = {"start_epoch": keep_rate.start_epoch * share, "epochs": keep_rate.epochs * share}
         changes["keep_rate"] = keep_rate.model_copy(update=phases)
+    if examples is not None:
+        interval = max(round(examples.interval_epochs * share), 1)
+        changes["examples"] = examples.model_copy(update={"interval_epochs": interval})
     return recipe.model_copy(update=changes)
 
 
@@ -434,6 +442,7 @@ _SECTIONS: dict[str, type[StrictModel]] = {
     "distillation": Distillation,
     "pruning": PruningLoss,
     "keep_rate": KeepRateSchedule,
+    "examples": ExampleOptions,
 }
 
 

@@ -37,33 +37,28 @@ class ScheduledSites:
     def __init__(self, config: PruneConfig) -> None:
         """Work out every site's share of the tokens present."""
         self._sites = config.sites
-        present: dict[int, list[int]] = {}
-        plan = plan_schedule(config)
-        for block in plan.blocks:
-            entering = block.tokens_in - plan.num_prefix_tokens
-            present[block.index] = [entering] * 2
-            if len(block.steps) == 2:
-                present[block.index][1] = block.steps[0].tokens_out - plan.num_prefix_tokens
-        self._present: list[int] = []
-        for place, site in enumerate(self._sites):
-            is_second = place > 0 and self._sites[place - 1].block == site.block
-            self._present.append(present[site.block][int(is_second)])
+        # A site that removes nothing has no step: it keeps all of whatever is there.
+        self._present = {
+            (block.index, step.op): step.kept + step.removed
+            for block in plan_schedule(config).blocks
+            for step in block.steps
+        }
 
     def at(self, open_share: float) -> Sequence[Site] | None:
         """The sites for ``model(images, schedule=...)``; None where the config's own are meant."""
         if open_share == 0.0:
             return None
-        return tuple(
-            _opened(site, present, open_share) for site, present in zip(self._sites, self._present, strict=True)
-        )
+        return tuple(_opened(site, self._present.get((site.block, site.op)), open_share) for site in self._sites)
 
 
-def _opened(site: Site, present: int, open_share: float) -> Site:
+def _opened(site: Site, present: int | None, open_share: float) -> Site:
     if site.cumulative_keep_ratio is not None:
         ratio = site.cumulative_keep_ratio
         return Site(block=site.block, op=site.op, cumulative_keep_ratio=ratio + (1 - ratio) * open_share)
     if site.keep_ratio is not None:
         ratio = site.keep_ratio
+    elif present is None:
+        ratio = 1.0
     elif site.tokens is not None:
         ratio = min(site.tokens / present, 1.0)
     else:
