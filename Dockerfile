@@ -30,7 +30,7 @@ COPY search ./search
 COPY store ./store
 COPY service ./service
 # Editable, because the wheel leaves the application out (docs/decisions/0001-what-the-wheel-carries.md).
-RUN pip install --editable ".[app]"
+RUN pip install --editable ".[app,lmdb]"
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
 # g++ serves the runtime "compile" on CPUs; libgomp comes with it.

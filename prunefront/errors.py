@@ -7,6 +7,7 @@ PrunefrontError
 ├── CheckpointError       weights that do not fit, or a file that is not a checkpoint
 ├── InputError            images of the wrong shape
 ├── DatasetError          a dataset that is missing, empty or does not fit the model
+│   └── CorruptImageError     an image file that can be read but not decoded
 ├── MissingExtraError     a feature whose optional packages are not installed
 └── FileWriteError        a file that could not be written; the old one is intact
 
@@ -59,6 +60,27 @@ class InputError(PrunefrontError, ValueError):
 
 class DatasetError(PrunefrontError, ValueError):
     """A dataset that is missing, empty or does not fit the model."""
+
+
+class CorruptImageError(DatasetError):
+    """An image file that can be read but not decoded.
+
+    Attributes:
+        image: Name of the file, or number of the image where images have no names.
+        reason: What is wrong with it.
+    """
+
+    image: str = ""
+    reason: str = ""
+
+    @classmethod
+    def of(cls, image: str, reason: str) -> CorruptImageError:
+        """Build the sentence."""
+        error = cls(
+            f"The image {image!r} cannot be decoded: {reason}. Repair or remove that file, or skip such images."
+        )
+        error.image, error.reason = image, reason
+        return error
 
 
 class MissingExtraError(PrunefrontError, ImportError):

@@ -19,6 +19,9 @@ MEMORY_SHARE = 0.25  # of the machine's memory: what a split may take for the le
 def open_images(dataset: str, split: SplitName, data_config: DataConfig, num_images: int | None = None) -> SplitDataset:
     """Open a split for evaluation, in memory if it fits.
 
+    An image that cannot be decoded is refused: per-image results of tasks on several devices, and of earlier runs, are
+    compared by position, so all of them have to be about all images of the split.
+
     Args:
         dataset: Dataset id.
         split: ``train``, ``search`` or ``test``.
@@ -26,7 +29,7 @@ def open_images(dataset: str, split: SplitName, data_config: DataConfig, num_ima
         num_images: Size of the sample; None is the whole split.
 
     Raises:
-        DatasetError, UnknownNameError: See :func:`prunefront.training.data.open_split`.
+        CorruptImageError, DatasetError, UnknownNameError: See :func:`prunefront.training.data.open_split`.
     """
     opened = _open_kept(dataset, split, data_config, num_images)
     if opened.is_streamed:

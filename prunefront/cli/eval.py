@@ -18,8 +18,8 @@ from prunefront.cli.options import (
     NumClasses,
     model_spec,
 )
-from prunefront.cli.output import print_fields, print_json, progress_bar
-from prunefront.errors import ConfigError
+from prunefront.cli.output import note, print_fields, print_json, progress_bar
+from prunefront.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +43,9 @@ def evaluate(
     against_dense: Annotated[
         bool, typer.Option("--against-dense", help="Evaluate the dense model too, for a paired difference.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse images that cannot be decoded instead of leaving them out.")
+    ] = False,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
@@ -52,9 +55,12 @@ def evaluate(
     """Evaluate top-1 and top-5 accuracy with a 95 % interval.
 
     The weights are timm's pretrained ones, unless --checkpoint names others or the file is a saved model.
+    Images that cannot be decoded are left out and counted, the same ones for both models.
 
     Example: prunefront eval best.json --dataset digit-scenes --against-dense
     """
+    import numpy as np
+
     from latency_tables.device import torch_device
     from prunefront.training.data import check_dataset, data_config_of, open_split
     from prunefront.training.statistics import paired_interval, top1_interval
@@ -65,14 +71,22 @@ def evaluate(
         model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
     if against_dense and dense is None:
         raise ConfigError(f"--against-dense compares a compressed model with its dense one, but {what} is dense.")
-    images = open_split(dataset, split, data_config=data_config_of(model), num_images=num_images)
+    images = open_split(
+        dataset,
+        split,
+        data_config=data_config_of(model),
+        num_images=num_images,
+        on_corrupt="refuse" if strict else "skip",
+    )
     evaluation = _evaluate(model, images, "Evaluating", batch_size, place, dtype)
-    low, high = top1_interval(evaluation.correct, images.clusters)
+    clusters = None if images.clusters is None else images.clusters[evaluation.indices]
+    low, high = top1_interval(evaluation.correct, clusters)
     document: dict[str, Any] = {
         "what": what,
         "dataset": dataset,
         "split": split,
         "num_images": evaluation.num_images,
+        "num_skipped": evaluation.num_skipped,
         "dtype": dtype,
         **images.data_config.to_dict(),
         "top1": evaluation.top1,
@@ -82,8 +96,16 @@ def evaluate(
     }
     if against_dense and dense is not None:
         reference = _evaluate(dense, images, "Evaluating dense", batch_size, place, dtype)
-        difference, low, high = paired_interval(evaluation.correct, reference.correct, images.clusters)
+        if not np.array_equal(evaluation.indices, reference.indices):
+            raise DatasetError(
+                f"Both models must see the same images of {dataset!r}, but its files changed between the two. "
+                "Evaluate again."
+            )
+        difference, low, high = paired_interval(evaluation.correct, reference.correct, clusters)
         document |= {"dense_top1": reference.top1, "top1_delta": difference, "top1_delta_ci": [low, high]}
+    skipped = images.describe_skipped()
+    if skipped is not None:
+        note(f"Warning: {skipped}")
     if as_json:
         print_json(document)
         return

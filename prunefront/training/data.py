@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from prunefront.config import StrictModel
-from prunefront.errors import DatasetError
+from prunefront.errors import ConfigError, CorruptImageError, DatasetError
+from prunefront.training.batches import batches_per_epoch, evaluation_batches, training_batches
 from prunefront.training.data_sources import ImageSource, StreamedSource, open_source
 from prunefront.training.dataset_ids import SPLITS, SplitName, list_datasets, resolve_dataset
 from prunefront.training.recipes import Augmentation
@@ -33,9 +33,11 @@ __all__ = [
     "SPLITS",
     "DataConfig",
     "DatasetInfo",
+    "OnCorrupt",
     "SplitDataset",
     "SplitInfo",
     "SplitName",
+    "batches_per_epoch",
     "check_classes",
     "check_dataset",
     "data_config_of",
@@ -46,7 +48,7 @@ __all__ = [
     "training_batches",
 ]
 
-Batch = tuple[Tensor, Tensor]
+OnCorrupt = Literal["refuse", "skip"]
 
 _IMAGE_MODES = {1: "L", 3: "RGB"}
 _MAX_SEED = 2**63
@@ -119,8 +121,11 @@ def data_config_of(model: nn.Module) -> DataConfig:
 class SplitDataset(TorchDataset[tuple[Tensor, int]]):
     """One split, transformed for one model: item i is (image of shape (C, H, W), label).
 
-    Items of a training split are random, yet a pure function of (seed, epoch, index): the same whichever process loads
-    them and in whatever order.
+    Items of a training split are random, yet a pure function of (seed, epoch, index, repeat): the same whichever
+    process loads them and in whatever order.
+
+    Reading an item that cannot be decoded always raises ``CorruptImageError``; no other image takes its place. The
+    batch functions leave such items out where ``on_corrupt`` is ``skip``.
 
     Attributes:
         dataset_id: The id it was opened by.
@@ -129,6 +134,8 @@ class SplitDataset(TorchDataset[tuple[Tensor, int]]):
         clusters: Per image, what it was made from (images made from one thing are not independent), shape (N,); None
             where every image stands for itself.
         data_config: The transforms' parameters.
+        on_corrupt: What the batch functions do about images that cannot be decoded: ``refuse`` or ``skip``.
+        skipped: The images that the batch functions have left out so far, by index within the split, with the reason.
         is_streamed: Whether images come in their own order only; such a split is read by the batch functions alone.
     """
 
@@ -143,8 +150,11 @@ class SplitDataset(TorchDataset[tuple[Tensor, int]]):
         num_images: int | None,
         transform: Any,
         seed: int | None,
+        on_corrupt: OnCorrupt = "refuse",
     ) -> None:
         """Use ``open_split``."""
+        self.on_corrupt = on_corrupt
+        self.skipped: dict[int, CorruptImageError] = {}
         self.dataset_id, self.split, self.data_config = dataset_id, split, data_config
         self.num_classes = source.num_classes
         self.clusters: NDArray[np.int64] | None = source.clusters
@@ -167,13 +177,36 @@ class SplitDataset(TorchDataset[tuple[Tensor, int]]):
         return self._num_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.item(index)
+
+    def item(self, index: int, repeat: int = 0) -> tuple[Tensor, int]:
+        """Return image ``index`` as it is shown for the ``repeat``-th time, from 0, in the epoch.
+
+        Returns:
+            The image, shape (C, H, W), and its label.
+
+        Raises:
+            CorruptImageError: If the image cannot be decoded.
+            DatasetError: If its file cannot be read, or the split is a stream.
+            IndexError: If there is no such image.
+        """
         if isinstance(self._source, StreamedSource):
             raise DatasetError(f"The stream {self.dataset_id!r} can only be read from its beginning.")
         if not 0 <= index < len(self):
             raise IndexError(f"The split has images 0..{len(self) - 1}, but got {index}.")
         place = index if self._indices is None else int(self._indices[index])
-        image, label = self._source.load(place, self._epoch)
-        return self._to_tensor(image, place), label
+        image, label = self._source.load(place, self._epoch, repeat)
+        return self._to_tensor(image, place, repeat), label
+
+    def describe_skipped(self) -> str | None:
+        """Say in a sentence how many images were left out so far and which is the first; None where none was."""
+        if not self.skipped:
+            return None
+        first = self.skipped[min(self.skipped)]
+        return (
+            f"{len(self.skipped)} of the {len(self)} images of {self.dataset_id!r} ({self.split}) could not be decoded "
+            f"and were left out; the first is {first.image!r}: {first.reason}."
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose variants a training split shows."""
@@ -187,9 +220,10 @@ class SplitDataset(TorchDataset[tuple[Tensor, int]]):
         for place, (image, label) in enumerate(islice(self._source.images(shuffle_seed), self._num_images)):
             yield self._to_tensor(image, place), int(label)
 
-    def _to_tensor(self, image: Any, place: int) -> Tensor:
-        seeding = contextlib.nullcontext() if self._seed is None else _seeded(self._seed, self._epoch, place)
-        with seeding:
+    def _to_tensor(self, image: Any, place: int, repeat: int = 0) -> Tensor:
+        # The first showing has the key it has without repeats.
+        key = (self._epoch, place, repeat) if repeat else (self._epoch, place)
+        with contextlib.nullcontext() if self._seed is None else _seeded(self._seed, *key):
             tensor: Tensor = self._transform(image.convert(self._mode))
         return tensor
 
@@ -199,11 +233,22 @@ class _TensorSplit(SplitDataset):
 
     def __init__(self, split: SplitDataset) -> None:
         self.__dict__.update(split.__dict__)
-        items = [split[index] for index in range(len(split))]
-        self._images = torch.stack([image for image, _ in items])
-        self._labels = [label for _, label in items]
+        self._images = torch.zeros(len(split), *split.data_config.input_size)
+        self._labels = [-1] * len(split)
+        self._corrupt: dict[int, CorruptImageError] = {}
+        for index in range(len(split)):
+            try:
+                self._images[index], self._labels[index] = split[index]
+            except CorruptImageError as error:
+                if split.on_corrupt == "refuse":
+                    raise
+                self._corrupt[index] = error
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def item(self, index: int, repeat: int = 0) -> tuple[Tensor, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"The split has images 0..{len(self) - 1}, but got {index}.")
+        if index in self._corrupt:
+            raise self._corrupt[index]
         return self._images[index], self._labels[index]
 
 
@@ -217,6 +262,7 @@ def open_split(
     augmentation: Augmentation | None = None,
     seed: int = 0,
     in_memory_mib: float = 0,
+    on_corrupt: OnCorrupt = "refuse",
 ) -> SplitDataset:
     """Open a split as a torch dataset.
 
@@ -231,8 +277,14 @@ def open_split(
         seed: Makes the augmentation repeatable.
         in_memory_mib: Keep transformed images in memory when they take no more than this: for evaluating many
             candidates on one split. Ignored with ``train``.
+        on_corrupt: Whether the batch functions ``skip`` images that cannot be decoded, counting them in
+            ``SplitDataset.skipped``, or ``refuse`` them with a sentence that names the file. Jobs refuse: their results
+            are compared across devices and time, image by image. A file that cannot be read at all (a lost disk, no
+            permission) is refused either way, and a stream's reader decides for itself.
 
     Raises:
+        ConfigError: If ``on_corrupt`` is neither.
+        CorruptImageError: If an image kept in memory cannot be decoded and is not to be skipped.
         DatasetError: If folder, images or classes are missing; see the message.
         UnknownNameError: If the id or split does not exist.
     """
@@ -243,6 +295,8 @@ def open_split(
         )
     if num_images is not None and num_images < 1:
         raise DatasetError(f"num_images must be at least 1, but got {num_images}. Leave it out to use the whole split.")
+    if on_corrupt not in ("refuse", "skip"):
+        raise ConfigError(f"on_corrupt must be 'refuse' or 'skip', but got {on_corrupt!r}.")
     dataset = resolve_dataset(dataset_id)
     source = open_source(dataset, split)
     total = source.num_images if isinstance(source, StreamedSource) else len(source)
@@ -265,6 +319,7 @@ def open_split(
         num_images=total,
         transform=create_transform(**parameters),
         seed=seed if augments else None,
+        on_corrupt=on_corrupt,
     )
     if not train and not result.is_streamed and _size_mib(result) <= in_memory_mib:
         return _TensorSplit(result)
@@ -297,49 +352,6 @@ def _seeded(*key: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def evaluation_batches(split: SplitDataset, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
-    """Yield every image once, in order: images (B, C, H, W) and labels (B,); the last batch may be smaller."""
-    if split.is_streamed:
-        yield from _batched(split.stream(), batch_size)
-        return
-    yield from _loader(split, num_workers, batch_size=batch_size)
-
-
-def training_batches(
-    split: SplitDataset, *, batch_size: int, seed: int, epoch: int, first_batch: int = 0, num_workers: int = 0
-) -> Iterator[Batch]:
-    """Yield one epoch in an order that depends on (seed, epoch) alone; a last, smaller batch is left out.
-
-    Args:
-        split: A split opened with ``train=True``.
-        batch_size: Images per batch.
-        seed: Seed of the run.
-        epoch: Epoch, from 0.
-        first_batch: Where an interrupted epoch goes on.
-        num_workers: Loader processes; none for a stream.
-    """
-    split.set_epoch(epoch)
-    if split.is_streamed:
-        num_batches = len(split) // batch_size
-        yield from islice(_batched(split.stream((seed, epoch)), batch_size), first_batch, num_batches)
-        return
-    order = np.random.default_rng((seed, epoch)).permutation(len(split))
-    starts = range(first_batch * batch_size, len(split) - batch_size + 1, batch_size)
-    batches = [order[start : start + batch_size].tolist() for start in starts]
-    yield from _loader(split, num_workers, batch_sampler=batches)
-
-
-def _loader(split: SplitDataset, num_workers: int, **sampling: Any) -> DataLoader[Any]:
-    # spawn: a fork after torch has started its threads may hang.
-    context = "spawn" if num_workers else None
-    return DataLoader(split, num_workers=num_workers, multiprocessing_context=context, **sampling)
-
-
-def _batched(items: Iterator[tuple[Tensor, int]], batch_size: int) -> Iterator[Batch]:
-    while chunk := list(islice(items, batch_size)):
-        yield torch.stack([image for image, _ in chunk]), torch.tensor([label for _, label in chunk])
 
 
 def check_classes(split: SplitDataset, num_classes: int) -> None:

@@ -1,9 +1,11 @@
-"""Decoded images of a split, from wherever they lie: rendered, in folders, behind timm's readers, or streamed."""
+"""Decoded images of a split, wherever they lie: rendered, in folders or LMDBs, behind timm's readers, or streamed."""
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,12 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from timm.data import create_dataset
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageDataset, create_dataset
 
-from prunefront.errors import DatasetError, UnknownNameError
+from prunefront.errors import CorruptImageError, DatasetError, UnknownNameError
 from prunefront.training import digit_scenes
 from prunefront.training.dataset_ids import SPLITS, Dataset, SplitName, has_image
+from prunefront.training.lmdb_images import LMDB_SUFFIX, LmdbReader
 from prunefront.training.split_plan import held_out_indices, own_splits, plan_splits
 
 _SCENES_PER_BLOCK = 256
@@ -32,8 +35,15 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
-        """Return image ``index`` and its label; ``epoch`` matters only where images are rendered anew each epoch."""
+    def load(self, index: int, epoch: int, repeat: int = 0) -> tuple[Image.Image, int]:
+        """Return image ``index`` and its label.
+
+        ``epoch`` and ``repeat`` (which time the epoch shows the image) matter only where images are rendered anew.
+
+        Raises:
+            CorruptImageError: If the image cannot be decoded.
+            DatasetError: If its file cannot be read.
+        """
         ...
 
 
@@ -50,17 +60,18 @@ class DigitScenesSource:
     def __len__(self) -> int:
         return digit_scenes.num_scenes(self._split)
 
-    def load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
+    def load(self, index: int, epoch: int, repeat: int = 0) -> tuple[Image.Image, int]:
         block, place = divmod(index, _SCENES_PER_BLOCK)
-        scenes = _rendered_block(self._split, block, epoch if self._split == "train" else 0)
+        variant = (epoch, repeat) if self._split == "train" else (0, 0)
+        scenes = _rendered_block(self._split, block, variant)
         return Image.fromarray(scenes.images[place]), int(scenes.labels[place])
 
 
 @lru_cache(maxsize=_MAX_BLOCKS)
-def _rendered_block(split: SplitName, block: int, epoch: int) -> digit_scenes.Scenes:
+def _rendered_block(split: SplitName, block: int, variant: tuple[int, int]) -> digit_scenes.Scenes:
     start = block * _SCENES_PER_BLOCK
     end = min(start + _SCENES_PER_BLOCK, digit_scenes.num_scenes(split))
-    return digit_scenes.render_scenes(split, range(start, end), epoch)
+    return digit_scenes.render_scenes(split, range(start, end), *variant)
 
 
 class IndexedSource:
@@ -85,7 +96,7 @@ class IndexedSource:
     def __len__(self) -> int:
         return len(self._dataset) if self._indices is None else len(self._indices)
 
-    def load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
+    def load(self, index: int, epoch: int, repeat: int = 0) -> tuple[Image.Image, int]:
         place = index if self._indices is None else int(self._indices[index])
         image, label = self._read(place)
         return image, int(label if self._labels is None else self._labels[label])
@@ -93,20 +104,44 @@ class IndexedSource:
     def _read(self, place: int) -> tuple[Image.Image, int]:
         reader = getattr(self._dataset, "reader", None)
         if reader is None:
-            image, label = self._dataset[place]
-            return image, int(label)
+            return self._read_decoded(place)
         # Read through the reader: timm's dataset would silently serve the next image in place of an unreadable one,
         # which then counts twice.
         try:
             file, label = reader[place]
             with file:
-                image = Image.open(file)
-                image.load()
-        except (OSError, SyntaxError) as error:
-            raise DatasetError(
-                f"Could not read the image {self._dataset.filename(place)!r}: {error}. Repair or remove that file."
-            ) from error
+                content = file.read()
+        except (OSError, tarfile.TarError) as error:
+            raise _unreadable(self._dataset.filename(place), error) from error
+        try:
+            image = Image.open(io.BytesIO(content))
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise errors of every kind when the bytes are wrong
+            raise CorruptImageError.of(self._dataset.filename(place), _decoding_reason(error)) from error
         return image, int(label)
+
+    def _read_decoded(self, place: int) -> tuple[Image.Image, int]:
+        """Read from a dataset that decodes by itself."""
+        try:
+            image, label = self._dataset[place]
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            # Pillow's own errors have no number; the operating system's have one.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise _unreadable(error.filename or f"number {place}", error) from error
+            raise CorruptImageError.of(f"number {place}", _decoding_reason(error)) from error
+        return image, int(label)
+
+
+def _unreadable(name: str, error: Exception) -> DatasetError:
+    return DatasetError(f"Could not read the image {name!r}: {error}. Repair or remove that file.")
+
+
+def _decoding_reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it has no known image format"
+    return str(error) or type(error).__name__
 
 
 class StreamedSource:
@@ -163,7 +198,7 @@ def open_source(dataset: Dataset, split: SplitName) -> ImageSource | StreamedSou
     images = _open_indexed(dataset, own[origin.donor])
     classes, labels = _class_names(dataset, images), None
     reference = next(name for role in SPLITS if (name := own.get(role)) is not None)
-    if dataset.scheme == "folder" and reference != own[origin.donor]:
+    if dataset.is_named_by_paths and reference != own[origin.donor]:
         expected = _class_names(dataset, _open_indexed(dataset, reference))
         if not set(classes) <= set(expected):
             extra = sorted(set(classes) - set(expected))
@@ -212,14 +247,17 @@ def _class_names(dataset: Dataset, images: Any) -> list[str]:
 
 def _image_keys(images: Any) -> list[str]:
     """A name per image: the path below its split, or the running number where images have none."""
-    if type(getattr(images, "reader", None)).__name__ in ("ReaderImageFolder", "ReaderImageInTar"):
+    if type(getattr(images, "reader", None)).__name__ in ("ReaderImageFolder", "ReaderImageInTar", "LmdbReader"):
         return [name.replace(os.sep, "/") for name in images.filenames()]
     return [str(index) for index in range(len(images))]
 
 
 def _open_indexed(dataset: Dataset, own_name: str) -> Any:
-    if dataset.scheme == "folder":
-        return _scan_folder(dataset.id, own_name, os.stat(own_name).st_mtime_ns)
+    if dataset.is_named_by_paths:
+        status = os.stat(own_name)
+        if own_name.endswith(LMDB_SUFFIX):
+            return _open_lmdb(own_name, (status.st_dev, status.st_ino, status.st_mtime_ns))
+        return _scan_folder(dataset.id, own_name, status.st_mtime_ns)
     return _create(dataset, own_name, {})
 
 
@@ -231,6 +269,12 @@ def _scan_folder(dataset_id: str, location: str, modified_ns: int) -> Any:
             f"The dataset {dataset_id!r} has no images in {location}. Put one folder of images per class there."
         )
     return _create_or_explain(dataset_id, location, lambda: create_dataset("", root=location, search_split=False))
+
+
+@lru_cache(maxsize=8)
+def _open_lmdb(location: str, identity: tuple[int, int, int]) -> Any:
+    """Open an LMDB once per process and file, so that its names are read once."""
+    return ImageDataset(location, reader=LmdbReader(location))
 
 
 def _create(dataset: Dataset, own_name: str, stream_options: Mapping[str, Any]) -> Any:

@@ -1,9 +1,9 @@
 """Dataset ids: what a name in a job stands for on this machine, and what it must never reach.
 
-Ids are ``digit-scenes``, ``imagefolder:NAME``, ``timm:SCHEME/NAME`` and whatever the settings file names. The
-environment variable ``PRUNEFRONT_DATA_ROOTS`` lists the folders that hold NAME; ``PRUNEFRONT_DATASETS`` names the
-settings file. A job can only reach what these two allow: NAME never leaves its root, and schemes that may download or
-run commands (``hfds``, ``hfids``, ``tfds``, ``wds``) work only when the settings file lists the dataset.
+Ids are ``digit-scenes``, ``imagefolder:NAME``, ``lmdb:NAME``, ``timm:SCHEME/NAME`` and whatever the settings file
+names. The environment variable ``PRUNEFRONT_DATA_ROOTS`` lists the folders that hold NAME; ``PRUNEFRONT_DATASETS``
+names the settings file. A job can only reach what these two allow: NAME never leaves its root, and schemes that may
+download or run commands (``hfds``, ``hfids``, ``tfds``, ``wds``) work only when the settings file lists the dataset.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from prunefront.config import StrictModel, describe_validation_error
 from prunefront.errors import DatasetError, UnknownNameError
+from prunefront.training.lmdb_images import LMDB_SUFFIX, lmdb_files
 
 SplitName = Literal["train", "search", "test"]
-Scheme = Literal["digit-scenes", "folder", "torch", "hfds", "hfids", "tfds", "wds"]
+Scheme = Literal["digit-scenes", "folder", "lmdb", "torch", "hfds", "hfids", "tfds", "wds"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 ROOTS_VARIABLE = "PRUNEFRONT_DATA_ROOTS"
 SETTINGS_VARIABLE = "PRUNEFRONT_DATASETS"
 DIGIT_SCENES = "digit-scenes"
 
+_TIMM_SCHEMES: tuple[Scheme, ...] = ("folder", "torch", "hfds", "hfids", "tfds", "wds")
 _STREAMED: frozenset[Scheme] = frozenset({"hfids", "tfds", "wds"})
 _NAME = re.compile(r"[\w+-][\w.+ -]*(/[\w+-][\w.+ -]*)*")
 
@@ -39,12 +41,13 @@ class DatasetEntry(StrictModel):
     """One dataset of the settings file (``PRUNEFRONT_DATASETS``: YAML or JSON, id -> entry)."""
 
     path: str | None = Field(default=None, description="Root folder; relative paths start at the settings file.")
-    scheme: Literal["imagefolder", "folder", "torch", "hfds", "hfids", "tfds", "wds"] | None = Field(
+    scheme: Literal["imagefolder", "folder", "lmdb", "torch", "hfds", "hfids", "tfds", "wds"] | None = Field(
         default=None, description="Null takes it from an id of the form timm:SCHEME/NAME; else imagefolder."
     )
     name: str | None = Field(default=None, description="The scheme's own dataset name, as timm takes it.")
     splits: dict[SplitName, str] | None = Field(
-        default=None, description="The dataset's own split name (folder: subfolder or .tar) for train, search, test."
+        default=None,
+        description="The dataset's own split name (folder: subfolder, .tar or .lmdb) for train, search, test.",
     )
     num_classes: int | None = Field(default=None, ge=1, description="Needed where the scheme does not tell.")
     num_images: dict[SplitName, int] = Field(default_factory=dict, description="For streams that do not tell.")
@@ -68,6 +71,11 @@ class Dataset:
     def is_streamed(self) -> bool:
         """Whether images come in the dataset's own order only."""
         return self.scheme in _STREAMED
+
+    @property
+    def is_named_by_paths(self) -> bool:
+        """Whether its splits are folders or files below ``path``."""
+        return self.scheme in ("folder", "lmdb")
 
 
 def data_roots() -> tuple[Path, ...]:
@@ -113,7 +121,19 @@ def list_datasets() -> tuple[str, ...]:
         for folder in root.iterdir()
         if folder.is_dir() and _NAME.fullmatch(folder.name) and _contained(root, folder.name) and has_image(folder)
     }
-    return (DIGIT_SCENES, *sorted(folders | dataset_entries().keys()))
+    return (DIGIT_SCENES, *sorted(folders | _lmdb_ids() | dataset_entries().keys()))
+
+
+def _lmdb_ids() -> set[str]:
+    """``lmdb:NAME`` for each folder under the roots that has LMDB files, and each such file right there."""
+    places = [(root, place) for root in data_roots() if root.is_dir() for place in root.iterdir()]
+    return {
+        f"lmdb:{place.name}"
+        for root, place in places
+        if _NAME.fullmatch(place.name)
+        and _contained(root, place.name)
+        and (any(lmdb_files(place)) if place.is_dir() else place.suffix == LMDB_SUFFIX)
+    }
 
 
 def resolve_dataset(dataset_id: str) -> Dataset:
@@ -130,12 +150,12 @@ def resolve_dataset(dataset_id: str) -> Dataset:
     entry = dataset_entries().get(dataset_id)
     if entry is not None:
         given = entry.scheme or (scheme if kind == "timm" and slash else "imagefolder")
-        if given not in ("imagefolder", *get_args(Scheme)):
+        if given not in ("imagefolder", "lmdb", *_TIMM_SCHEMES):
             raise _unknown_scheme(dataset_id, given)
         default_name = rest if kind == "timm" else ""
         location = None if entry.path is None else Path(entry.path)
         # The other schemes make their own folders when they download.
-        if location is not None and given in ("imagefolder", "folder", "wds"):
+        if location is not None and given in ("imagefolder", "folder", "lmdb", "wds"):
             existing(dataset_id, location)
         return Dataset(
             id=dataset_id,
@@ -149,12 +169,14 @@ def resolve_dataset(dataset_id: str) -> Dataset:
         )
     if kind == "imagefolder" and name:
         return Dataset(id=dataset_id, scheme="folder", path=_folder_under_roots(dataset_id, name))
+    if kind == "lmdb" and name:
+        return Dataset(id=dataset_id, scheme="lmdb", path=_folder_under_roots(dataset_id, name))
     if kind == "timm" and slash and rest:
         if scheme == "folder":
             return Dataset(id=dataset_id, scheme="folder", path=_folder_under_roots(dataset_id, rest))
         if scheme == "torch":
             return Dataset(id=dataset_id, scheme="torch", path=_torch_root(dataset_id, rest), name=rest)
-        if scheme in get_args(Scheme):
+        if scheme in _TIMM_SCHEMES:
             raise DatasetError(
                 f"Datasets of the scheme {scheme!r} may download data, so a job can name {dataset_id!r} only after "
                 f"the settings file that {SETTINGS_VARIABLE} names lists it. Add an entry {dataset_id!r} there."
@@ -164,13 +186,13 @@ def resolve_dataset(dataset_id: str) -> Dataset:
         "dataset",
         dataset_id,
         list_datasets(),
-        f"Other ids are imagefolder:NAME, timm:SCHEME/NAME, and those of the file that {SETTINGS_VARIABLE} names.",
+        "Other ids are imagefolder:NAME, lmdb:NAME, timm:SCHEME/NAME, and those of the file that "
+        f"{SETTINGS_VARIABLE} names.",
     )
 
 
 def _unknown_scheme(dataset_id: str, scheme: str) -> UnknownNameError:
-    known = [name for name in get_args(Scheme) if name != DIGIT_SCENES]
-    return UnknownNameError.of("dataset scheme", scheme, known, f"It was read from the id {dataset_id!r}.")
+    return UnknownNameError.of("dataset scheme", scheme, _TIMM_SCHEMES, f"It was read from the id {dataset_id!r}.")
 
 
 def _contained(root: Path, name: str) -> Path | None:

@@ -4,8 +4,8 @@ The sources are the 1,797 scanned 8 x 8 digits that scikit-learn ships (E. Alpay
 shows one of them about 30 px wide on a noisy 48-px canvas, with one fragment of another digit of the same split as
 clutter. ``prunefront.training.data`` serves the scenes under the id ``digit-scenes``.
 
-A scene is a pure function of (split, index, epoch): its random numbers are the raw output of a counter-based generator
-keyed by these three, turned into values with additions and multiplications alone. So scenes are equal in
+A scene is a pure function of (split, index, epoch, repeat): its random numbers are the raw output of a counter-based
+generator keyed by these, turned into values with additions and multiplications alone. So scenes are equal in
 any order, process, thread count and NumPy version, and a resumed training run sees what an uninterrupted one would.
 """
 
@@ -103,13 +103,16 @@ def num_scenes(split: DigitSplitName) -> int:
     return SOURCE_DIGITS[split] * RENDERINGS_PER_DIGIT[split]
 
 
-def render_scenes(split: DigitSplitName, indices: Sequence[int] | NDArray[np.int64], epoch: int = 0) -> Scenes:
+def render_scenes(
+    split: DigitSplitName, indices: Sequence[int] | NDArray[np.int64], epoch: int = 0, repeat: int = 0
+) -> Scenes:
     """Render scenes of one split.
 
     Args:
         split: ``train``, ``search`` or ``test``.
         indices: Scene numbers in 0..``num_scenes(split)`` - 1, in any order. Consecutive numbers show different digits.
         epoch: Variant of the renderings; ``search`` and ``test`` are always variant 0.
+        repeat: Which of an epoch's variants, where training shows scenes several times per epoch.
 
     Returns:
         The scenes in the order of ``indices``.
@@ -129,17 +132,18 @@ def render_scenes(split: DigitSplitName, indices: Sequence[int] | NDArray[np.int
     images = np.empty((len(index_array), CANVAS_PX, CANVAS_PX, 3), dtype=np.uint8)
     for start in range(0, len(index_array), _CHUNK):
         part = slice(start, start + _CHUNK)
-        images[part] = _render_chunk(split, index_array[part], epoch if split == "train" else 0)
+        variant = (epoch, repeat) if split == "train" else (0, 0)
+        images[part] = _render_chunk(split, index_array[part], variant)
     clusters = sources[index_array % len(sources)]
     return Scenes(images=images, labels=labels[clusters], clusters=clusters)
 
 
-def _render_chunk(split: DigitSplitName, indices: NDArray[np.int64], epoch: int) -> NDArray[np.uint8]:
+def _render_chunk(split: DigitSplitName, indices: NDArray[np.int64], variant: tuple[int, int]) -> NDArray[np.uint8]:
     ink, _ = _source_digits()
     sources = source_indices(split)
     words = np.stack(
         [
-            np.random.Philox(key=_SPLIT_KEYS[split], counter=(0, int(index), epoch, 0)).random_raw(
+            np.random.Philox(key=_SPLIT_KEYS[split], counter=(0, int(index), *variant)).random_raw(
                 _NUM_UNIFORMS + _NUM_NOISE_WORDS
             )
             for index in indices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ ShouldStop = Callable[[], bool]
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOP_K = 5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +34,23 @@ class Evaluation:
     """Accuracy of one model on one split.
 
     Attributes:
-        num_images: Images counted, each once.
+        num_images: Images counted, each once; skipped ones do not count.
+        num_skipped: Images of the split that could not be decoded; 0 unless the split was opened to skip such.
         top1: Share of images whose highest logit is the label's, 0-1.
         top5: Share of images whose label is among the five highest logits, 0-1.
         loss: Mean cross-entropy.
-        correct: Whether top-1 was right, per image in the order of the split, shape (num_images,).
+        correct: Whether top-1 was right, per counted image in the order of the split, shape (num_images,).
+        indices: Which image of the split each of ``correct`` is about, shape (num_images,). Two models are compared on
+            the same images when theirs are equal; ``clusters[indices]`` are the clusters of ``correct``.
     """
 
     num_images: int
+    num_skipped: int
     top1: float
     top5: float
     loss: float
     correct: NDArray[np.bool_]
+    indices: NDArray[np.int64]
 
 
 def evaluate(
@@ -70,6 +77,7 @@ def evaluate(
         should_stop: Asked before each batch.
 
     Raises:
+        CorruptImageError: If an image cannot be decoded and the split was opened to refuse such.
         DatasetError: If the dataset's classes are not the model's, or it has no images.
         StoppedError: If ``should_stop`` said so.
     """
@@ -78,10 +86,11 @@ def evaluate(
     model.to(device).eval()
     total = None if dataset.is_streamed else len(dataset)
     correct: list[NDArray[np.bool_]] = []
+    indices: list[NDArray[np.int64]] = []
     top5_hits, loss_sum, done = 0, 0.0, 0
     try:
         with torch.inference_mode(), autocast(device, dtype):
-            for images, labels in evaluation_batches(dataset, batch_size, num_workers):
+            for images, labels, places in evaluation_batches(dataset, batch_size, num_workers, with_index=True):
                 if should_stop is not None and should_stop():
                     raise StoppedError(f"Evaluation was stopped after {done} images.")
                 logits = model(images.to(device, non_blocking=True)).float()
@@ -91,6 +100,7 @@ def evaluate(
                 check_labels(labels, dataset)
                 ranked = logits.topk(min(_TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
                 correct.append(ranked[:, 0].cpu().numpy())
+                indices.append(places.numpy())
                 top5_hits += int(ranked.any(dim=1).sum())
                 # Summed in float64, image by image, so that the batch size does not show.
                 loss_sum += float(functional.cross_entropy(logits, labels, reduction="none").double().sum())
@@ -100,10 +110,23 @@ def evaluate(
     finally:
         model.train(was_training)
     if done == 0:
-        raise DatasetError(f"The split {dataset.split!r} of {dataset.dataset_id!r} gave no images. Check its files.")
+        skipped = dataset.describe_skipped()
+        raise DatasetError(
+            f"The split {dataset.split!r} of {dataset.dataset_id!r} gave no images{f': {skipped}' if skipped else '.'} "
+            "Check its files."
+        )
     flags = np.concatenate(correct)
+    num_skipped = 0 if total is None else total - done
+    if num_skipped:
+        _log.warning("images skipped", extra={"action": "evaluate", "detail": dataset.describe_skipped()})
     return Evaluation(
-        num_images=done, top1=float(flags.mean()), top5=top5_hits / done, loss=loss_sum / done, correct=flags
+        num_images=done,
+        num_skipped=num_skipped,
+        top1=float(flags.mean()),
+        top5=top5_hits / done,
+        loss=loss_sum / done,
+        correct=flags,
+        indices=np.concatenate(indices),
     )
 
 

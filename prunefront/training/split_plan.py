@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from prunefront.errors import DatasetError
 from prunefront.training.dataset_ids import SPLITS, Dataset, SplitName, existing, has_image
+from prunefront.training.lmdb_images import LMDB_SUFFIX, LmdbReader
 
 # A held-out split takes a tenth of its donor, within these bounds, and never more than a quarter of it.
 HELD_OUT_MIN_IMAGES = 2_000
@@ -42,25 +43,48 @@ class SplitOrigin:
 
 def own_splits(dataset: Dataset) -> dict[SplitName, str]:
     """Return which splits the dataset brings along, by the names (folder: paths) it has for them."""
-    if dataset.scheme != "folder":
+    if not dataset.is_named_by_paths:
         return dict(dataset.splits or {"train": "train", "test": "validation"})
     root = dataset.path
     if root is None:
         raise DatasetError(f"The dataset {dataset.id!r} has no path in the settings file. Add one.")
     if dataset.splits:
-        return {split: str(existing(dataset.id, root / name)) for split, name in dataset.splits.items()}
-    found = {
-        role: path
-        for role, names in _FOLDER_NAMES.items()
-        for path in (str(root / f"{name}{suffix}") for name in reversed(names) for suffix in (".tar", ""))
-        if os.path.exists(path)
-    }
+        named = {split: str(existing(dataset.id, root / name)) for split, name in dataset.splits.items()}
+        return _require_lmdb(dataset, named)
+    suffixes = (LMDB_SUFFIX,) if dataset.scheme == "lmdb" else (".tar", "")
+    found = _found(root, suffixes)
     if not found:
-        return {"train": str(root)}
+        return _require_lmdb(dataset, {"train": str(root)})
     if (validation := found.pop("validation", None)) is not None:
         # ImageNet's custom: the labelled 'val' is what everybody reports, unless there is a test split as well.
         found.setdefault("test" if "test" not in found else "search", validation)
     return {split: found[split] for split in SPLITS if split in found}
+
+
+def _found(root: Path, suffixes: Sequence[str]) -> dict[str, str]:
+    """Paths of the splits below ``root`` by role; of several names or suffixes for a role the last suffix wins."""
+    return {
+        role: path
+        for role, names in _FOLDER_NAMES.items()
+        for path in (str(root / f"{name}{suffix}") for name in reversed(names) for suffix in suffixes)
+        if os.path.exists(path)
+    }
+
+
+def split_folders(root: Path) -> list[Path]:
+    """Folders below ``root`` whose names are those of splits."""
+    return [Path(path) for path in _found(root, ("",)).values() if os.path.isdir(path)]
+
+
+def _require_lmdb(dataset: Dataset, named: dict[SplitName, str]) -> dict[SplitName, str]:
+    if dataset.scheme == "lmdb":
+        for name in named.values():
+            if not name.endswith(LMDB_SUFFIX):
+                raise DatasetError(
+                    f"The dataset {dataset.id!r} is made of files such as train{LMDB_SUFFIX} and val{LMDB_SUFFIX}, but "
+                    f"got {name}. Build them with prunefront data lmdb, or use the scheme imagefolder."
+                )
+    return named
 
 
 def plan_splits(dataset: Dataset) -> dict[SplitName, SplitOrigin | None]:
@@ -118,7 +142,17 @@ def held_out_indices(keys: Sequence[str], missing: Sequence[SplitName]) -> dict[
 
 
 def has_any_image(dataset: Dataset) -> bool:
-    """Whether each of the dataset's own folders has an image; cheap, and True where only opening it would tell."""
-    if dataset.scheme != "folder":
+    """Whether each of the dataset's own folders has an image; cheap, and True where only opening it would tell.
+
+    Raises:
+        DatasetError: If one of its LMDB files is not one.
+    """
+    if not dataset.is_named_by_paths:
         return True
-    return all(name.endswith(".tar") or has_image(Path(name)) for name in own_splits(dataset).values())
+    return all(_has_any_image(name) for name in own_splits(dataset).values())
+
+
+def _has_any_image(name: str) -> bool:
+    if name.endswith(LMDB_SUFFIX):
+        return len(LmdbReader(name)) > 0
+    return name.endswith(".tar") or has_image(Path(name))

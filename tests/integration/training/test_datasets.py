@@ -31,7 +31,7 @@ from prunefront.training.data import (
 from prunefront.training.dataset_ids import resolve_dataset
 from prunefront.training.recipes import Augmentation
 from prunefront.training.split_plan import held_out_indices
-from tests.integration.training.image_folders import write_images
+from tests.integration.training.image_folders import write_images, write_noise
 from tests.unit.training.models import DATA_CONFIG, tiny_vit
 
 
@@ -427,12 +427,3 @@ def test_loader_processes_give_what_one_process_gives(root):
     shared = list(training_batches(dataset, batch_size=2, seed=3, epoch=1, num_workers=1))
 
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(alone, shared, strict=True))
-
-
-def write_noise(folder: Path, count: int) -> None:
-    pixels = np.random.default_rng(0)
-    for label in range(2):
-        (folder / f"class_{label}").mkdir(parents=True)
-        for number in range(count):
-            image = Image.fromarray(pixels.integers(0, 256, (40, 40, 3), dtype=np.uint8))
-            image.save(folder / f"class_{label}" / f"{number}.png")

@@ -14,9 +14,9 @@ from prunefront.cli.output import JobFailedError
 from prunefront.errors import ConfigError, FileWriteError
 
 PRINT_A_RESULT = {
-    "config published", "config show", "config validate", "data inspect", "devices", "doctor", "eval", "front",
-    "jobs list", "jobs show", "jobs watch", "measure", "methods", "models", "search", "table build", "table import",
-    "table predict", "table push", "table show", "table validate",
+    "config published", "config show", "config validate", "data inspect", "data lmdb", "devices", "doctor", "eval",
+    "front", "jobs list", "jobs show", "jobs watch", "measure", "methods", "models", "search", "table build",
+    "table import", "table predict", "table push", "table show", "table validate",
 }  # fmt: skip
 
 
