@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prunefront.config import ModelSpec, PruneConfig
+    from prunefront.training.data import OnCorrupt
     from prunefront.training.distributed import World
     from prunefront.training.evaluate import DType
+    from prunefront.training.outcome import Verdict
     from prunefront.training.recipes import Recipe
 
 CHECKPOINT_EVERY_STEPS = 500
@@ -93,6 +95,9 @@ def train(
     test: Annotated[
         bool, typer.Option("--test/--no-test", help="Evaluate the final weights on the test split, once.")
     ] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse images that cannot be decoded instead of leaving them out.")
+    ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -131,11 +136,14 @@ def train(
             num_workers=num_workers,
             seed=seed,
             world=world,
+            on_corrupt="refuse" if strict else "skip",
         )
         history = run.train(checkpoint_every_steps, tensorboard)
-    # The others are done; rank 0 alone saves, tests and reports.
-    if world.is_main:
-        run.finish(history, test, as_json)
+        if world.is_main:
+            run.save()  # before the test, which may be interrupted
+        verdict = run.test() if test else None
+        if world.is_main:
+            run.report(history, verdict, as_json)
 
 
 _DTYPES: dict[str, DType] = {"off": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -156,6 +164,7 @@ class _Training:
     num_workers: int
     seed: int
     world: World
+    on_corrupt: OnCorrupt
 
     def train(self, checkpoint_every_steps: int, tensorboard: bool) -> tuple[dict[str, float], ...]:
         """Run the loop; a signal ends it with a checkpoint."""
@@ -187,6 +196,7 @@ class _Training:
                     num_workers=self.num_workers,
                     seed=self.seed,
                     world=self.world,
+                    on_corrupt=self.on_corrupt,
                     log=log,
                     progress=progress,
                     on_epoch=self._tell if self.world.is_main else None,
@@ -214,16 +224,43 @@ class _Training:
             note(f"{error} Run the same command again to go on.")
         return typer.Exit(128 + (received[0] if received else signal.SIGINT))
 
-    def finish(self, history: tuple[dict[str, float], ...], test: bool, as_json: bool) -> None:
-        """Save the final weights, test them, and report."""
-        from prunefront.config import Weights
+    def save(self) -> None:
+        """Write the weights, with the config as it is now."""
         from prunefront.training.checkpoints import WEIGHTS_NAME, save_weights
+
+        save_weights(self.model, self.out / WEIGHTS_NAME)
+
+    def test(self) -> Verdict:
+        """Look at the test split, with all processes."""
         from prunefront.training.errors import StoppedError
+        from prunefront.training.outcome import judge
+
+        with _signals() as received, _bar("Testing", self.world) as progress:
+            try:
+                return judge(
+                    self.model,
+                    self.dataset,
+                    batch_size=self.recipe.batch_size,
+                    device=self.place,
+                    dtype=self.dtype,
+                    num_workers=self.num_workers,
+                    world=self.world,
+                    on_corrupt=self.on_corrupt,
+                    progress=progress,
+                    should_stop=lambda: bool(received),
+                )
+            except StoppedError as error:
+                raise self._stop(error, received) from error
+
+    def report(self, history: tuple[dict[str, float], ...], verdict: Verdict | None, as_json: bool) -> None:
+        """Write the config with what was found, and tell."""
+        from prunefront.config import Weights
+        from prunefront.training.checkpoints import WEIGHTS_NAME
         from prunefront.training.loop import BEST_NAME
-        from prunefront.training.outcome import judge, with_accuracy
+        from prunefront.training.outcome import with_accuracy
 
         compressed = cast(Any, self.model)
-        weights = save_weights(self.model, self.out / WEIGHTS_NAME)  # before the test, which may be interrupted
+        weights = self.out / WEIGHTS_NAME
         searched = [record for record in history if "search_top1" in record]
         document: dict[str, Any] = {
             "out": str(self.out),
@@ -232,35 +269,21 @@ class _Training:
             "recipe": self.recipe_name,
             "epochs": self.recipe.epochs,
             "loss": history[-1]["loss"],
-            "search_top1": searched[-1]["search_top1"] if searched else None,
+            "search_top1": searched[-1]["search_top1"],
             "best_search_top1": max(
-                (record[name] for record in searched for name in ("search_top1", "ema_search_top1") if name in record),
-                default=None,
+                record[name] for record in searched for name in ("search_top1", "ema_search_top1") if name in record
             ),
-            "best_weights": str(self.out / BEST_NAME) if searched else None,
+            "best_weights": str(self.out / BEST_NAME),
         }
-        if test:
-            with _signals() as received, _bar("Testing", self.world) as progress:
-                try:
-                    verdict = judge(
-                        self.model,
-                        self.dataset,
-                        batch_size=self.recipe.batch_size,
-                        device=self.place,
-                        dtype=self.dtype,
-                        num_workers=self.num_workers,
-                        progress=progress,
-                        should_stop=lambda: bool(received),
-                    )
-                except StoppedError as error:
-                    raise self._stop(error, received) from error
+        if verdict is not None:
             compressed.prune_config = with_accuracy(compressed.prune_config, verdict, Weights(source=WEIGHTS_NAME))
-            save_weights(self.model, weights)
+            self.save()
             document |= {
                 "top1": verdict.evaluation.top1,
                 "top1_ci": list(verdict.interval),
                 "top5": verdict.evaluation.top5,
                 "num_images": verdict.evaluation.num_images,
+                "num_skipped": verdict.evaluation.num_skipped,
             }
         sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         final: PruneConfig = compressed.prune_config.evolve(weights=Weights(source=WEIGHTS_NAME, sha256=sha256))
@@ -270,12 +293,16 @@ class _Training:
         if as_json:
             print_json(document)
             return
-        fields: list[tuple[str, object]] = [("weights", weights), ("recipe", self.recipe_name)]
-        if document["search_top1"] is not None:
-            fields.append(("search top-1", f"{document['search_top1']:.2%}  (best {document['best_search_top1']:.2%})"))
-        if test:
-            low, high = document["top1_ci"]
+        fields: list[tuple[str, object]] = [
+            ("weights", weights),
+            ("recipe", self.recipe_name),
+            ("search top-1", f"{document['search_top1']:.2%}  (best {document['best_search_top1']:.2%})"),
+        ]
+        if verdict is not None:
+            low, high = verdict.interval
             fields.append(("test top-1", f"{document['top1']:.2%}  (95 %: {low:.2%} to {high:.2%})"))
+            if document["num_skipped"]:
+                fields.append(("left out", f"{document['num_skipped']} images that cannot be decoded"))
         print_fields(fields)
 
 

@@ -50,13 +50,22 @@ class World:
         """Whether any process raised each flag; every process gets the same answer."""
         return [bool(value) for value in self._reduce([float(flag) for flag in flags], distributed.ReduceOp.MAX)]
 
-    def gathered(self, values: torch.Tensor) -> torch.Tensor:
-        """The rows of all processes, rank by rank, on the CPU; each process gives as many, (N, ...)."""
+    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, rank by rank, on the CPU.
+
+        Args:
+            rows: (N, ...), of equal shape after the first dimension; N may differ between processes.
+        """
         if self.size == 1:
-            return values.cpu()
-        parts = [torch.empty_like(values, device=self.device) for _ in range(self.size)]
-        distributed.all_gather(parts, values.to(self.device))
-        return torch.cat(parts).cpu()
+            return rows.cpu()
+        counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        distributed.all_gather(counts, torch.tensor([len(rows)], device=self.device))
+        longest = max(int(count) for count in counts)
+        padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        distributed.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)]).cpu()
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -28,10 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from prunefront.errors import CheckpointError, ConfigError, DatasetError, ModelError
 from prunefront.training.checkpoints import CHECKPOINT_NAME, load_checkpoint, save_checkpoint, save_weights
 from prunefront.training.data import (
+    OnCorrupt,
     SplitDataset,
     check_classes,
     data_config_of,
-    evaluation_batches,
     open_split,
     training_batches,
 )
@@ -85,6 +85,7 @@ def train(
     seed: int = 0,
     world: World | None = None,
     validates: bool = True,
+    on_corrupt: OnCorrupt = "refuse",
     log: RunLog | None = None,
     progress: Progress | None = None,
     on_epoch: Callable[[Record, float], None] | None = None,
@@ -112,6 +113,7 @@ def train(
         seed: Order, augmentation and regularisation derive from it.
         world: The processes that train together; None: this one alone.
         validates: Whether to evaluate on the search split, in the epochs that the recipe says.
+        on_corrupt: What to do about images that cannot be decoded: ``refuse`` them or ``skip`` them with a warning.
         log: Takes each epoch's record, on rank 0.
         progress: Called with (steps done, all steps, text) after each step.
         on_epoch: Called with (record, seconds of training) after each epoch.
@@ -125,6 +127,7 @@ def train(
 
     Raises:
         ConfigError: If the recipe cannot be carried out.
+        CorruptImageError: If an image cannot be decoded and is not to be skipped.
         DatasetError: If the dataset has no train split, does not fit the model, or holds less than one batch.
         ModelError: If the teacher knows other classes.
         CheckpointError: If the folder holds a checkpoint of another run, or of another number of processes.
@@ -143,7 +146,13 @@ def train(
     device = torch.device(device)
     data_config = data_config_of(model)
     split = open_split(
-        dataset_id, "train", data_config=data_config, train=True, augmentation=recipe.augmentation, seed=seed
+        dataset_id,
+        "train",
+        data_config=data_config,
+        train=True,
+        augmentation=recipe.augmentation,
+        seed=seed,
+        on_corrupt=on_corrupt,
     )
     num_classes = getattr(model, "num_classes", split.num_classes)
     check_classes(split, num_classes)
@@ -164,6 +173,9 @@ def train(
             f"{what} {step_images} images, but the train split of {dataset_id!r} has {num_images}. "
             "Choose a smaller batch_size in the recipe."
         )
+    validation = None
+    if validates:
+        validation = open_split(dataset_id, "search", data_config=data_config, on_corrupt=on_corrupt)
     with _quiet_random_state(), held_still(model, recipe.frozen_parameters):
         if recipe.drop_path is not None:
             set_drop_path(model, recipe.drop_path)
@@ -172,7 +184,7 @@ def train(
             teacher=teacher,
             split=split,
             examples=examples,
-            validation=open_split(dataset_id, "search", data_config=data_config) if validates else None,
+            validation=validation,
             recipe=recipe,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
@@ -318,23 +330,25 @@ class _Run:
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
         """What is left of the epoch's batches, for this process."""
-        chosen: dict[str, Any] = {}
-        if self.world.size > 1 or self.recipe.repeats > 1:
-            chosen = {"rank": self.world.rank, "world_size": self.world.size, "repeats": self.recipe.repeats}
+        indices = None
         if self.examples is not None:
             event = self.examples.start_epoch(epoch)
             if event is not None:
                 _log.info("images exchanged", extra={"action": "examples_event", "removed": len(event.removed)})
-            chosen |= {"indices": self.examples.train, "with_index": True}
-        return training_batches(
-            self.split,
-            batch_size=self.recipe.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            first_batch=self.position.place * self.recipe.accumulate,
-            num_workers=self.num_workers,
-            **chosen,
-        )
+            indices = self.examples.train
+        options: dict[str, Any] = {
+            "batch_size": self.recipe.batch_size,
+            "seed": self.seed,
+            "epoch": epoch,
+            "first_batch": self.position.place * self.recipe.accumulate,
+            "num_workers": self.num_workers,
+            "repeats": self.recipe.repeats,
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+        }
+        if indices is None:  # a stream has no indices
+            return training_batches(self.split, **options)
+        return training_batches(self.split, indices=indices, with_index=True, **options)
 
     def _step(self, batches: Iterator[tuple[Tensor, ...]]) -> None:
         """One step of the optimizer, on ``accumulate`` batches."""
@@ -398,10 +412,7 @@ class _Run:
         """Tell the example level which images the model got right; all processes record the same."""
         if self.examples is None or not self.examples.is_collecting:
             return
-        rows = torch.full((self.recipe.batch_size, 2), -1, dtype=torch.int64)  # as many on each process
-        rows[: len(index)] = torch.stack((index, hits.cpu().long()), dim=1)
-        rows = self.world.gathered(rows)
-        rows = rows[rows[:, 0] >= 0]
+        rows = self.world.gathered(torch.stack((index, hits.cpu().long()), dim=1))
         self.examples.record(rows[:, 0].numpy(), rows[:, 1].numpy())
 
     def _update(self) -> None:
@@ -446,6 +457,8 @@ class _Run:
         position.place, position.seconds = 0, 0.0
         self._clear_sums()
         _log.info("epoch finished", extra={"action": "train_epoch", **record})
+        if self.split.skipped:
+            _log.warning("images skipped", extra={"action": "train", "detail": self.split.describe_skipped()})
         return record
 
     def _validate(self, split: SplitDataset, epoch: int, should_stop: ShouldStop | None) -> Record:
@@ -472,8 +485,6 @@ class _Run:
 
     def _accuracy(self, model: nn.Module, split: SplitDataset, sites: Any, should_stop: ShouldStop | None) -> Record:
         scheduled = model if sites is None else _Scheduled(model, sites)
-        if self.world.size > 1:
-            return self._shared_accuracy(scheduled, split)
         found = evaluate(
             scheduled,
             split,
@@ -481,30 +492,10 @@ class _Run:
             device=self.device,
             dtype=self.dtype,
             num_workers=self.num_workers,
+            world=self.world,
             should_stop=should_stop,
         )
         return {"search_top1": found.top1, "search_top5": found.top5, "search_loss": found.loss}
-
-    @torch.inference_mode()
-    def _shared_accuracy(self, model: nn.Module, split: SplitDataset) -> Record:
-        """Each process evaluates its share; every image is counted once."""
-        model.eval()
-        sharing: dict[str, Any] = {"rank": self.world.rank, "world_size": self.world.size}
-        done, top1, top5, loss_sum = 0, 0, 0, 0.0
-        for images, labels in evaluation_batches(split, self.recipe.batch_size, self.num_workers, **sharing):
-            check_labels(labels, split)
-            with autocast(self.device, self.dtype):
-                logits = model(images.to(self.device, non_blocking=True)).float()
-            labels = labels.to(self.device)
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            done, top1, top5 = done + len(labels), top1 + int(hits[:, 0].sum()), top5 + int(hits.any(dim=1).sum())
-            loss_sum += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
-        images_all, top1_all, top5_all, loss_all = self.world.total([done, top1, top5, loss_sum])
-        return {
-            "search_top1": top1_all / images_all,
-            "search_top5": top5_all / images_all,
-            "search_loss": loss_all / images_all,
-        }
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from prunefront.config import EvalInfo, PruneConfig, Results, Weights
 from prunefront.macs import macs
-from prunefront.training.data import data_config_of, open_split
+from prunefront.training.data import OnCorrupt, data_config_of, open_split
+from prunefront.training.distributed import World
 from prunefront.training.evaluate import DType, Evaluation, Progress, ShouldStop, evaluate
 from prunefront.training.statistics import top1_interval
 
@@ -37,6 +38,8 @@ def judge(
     device: str | torch.device = "cpu",
     dtype: DType = "fp32",
     num_workers: int = 0,
+    world: World | None = None,
+    on_corrupt: OnCorrupt = "refuse",
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Verdict:
@@ -49,15 +52,18 @@ def judge(
         device: Torch device.
         dtype: Number format of the forward pass.
         num_workers: Processes that load images.
+        world: The processes that share the work.
+        on_corrupt: What to do about images that cannot be decoded: ``refuse`` or ``skip``.
         progress: Called with (images done, all images, text).
-        should_stop: Asked before each batch.
+        should_stop: Asked before each batch, by a process that works alone.
 
     Raises:
+        CorruptImageError: If an image cannot be decoded and is not to be skipped.
         DatasetError: If there is no such split, or it does not fit the model.
         StoppedError: If ``should_stop`` said so.
     """
     data_config = data_config_of(model)
-    images = open_split(dataset_id, "test", data_config=data_config)
+    images = open_split(dataset_id, "test", data_config=data_config, on_corrupt=on_corrupt)
     evaluation = evaluate(
         model,
         images,
@@ -65,6 +71,7 @@ def judge(
         device=device,
         dtype=dtype,
         num_workers=num_workers,
+        world=world,
         progress=progress,
         should_stop=should_stop,
     )
@@ -78,7 +85,8 @@ def judge(
         std=data_config.std,
         dtype=dtype,
     )
-    return Verdict(evaluation=evaluation, interval=top1_interval(evaluation.correct, images.clusters), info=info)
+    clusters = None if images.clusters is None else images.clusters[evaluation.indices]
+    return Verdict(evaluation=evaluation, interval=top1_interval(evaluation.correct, clusters), info=info)
 
 
 def without_accuracy(config: PruneConfig) -> PruneConfig:
