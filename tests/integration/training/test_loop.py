@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import prunefront
-from prunefront.errors import CheckpointError, ConfigError, ModelError, UnknownNameError
+from prunefront.errors import CheckpointError, ConfigError, CorruptImageError, ModelError, UnknownNameError
 from prunefront.training.checkpoints import CHECKPOINT_NAME, save_weights
 from prunefront.training.errors import DivergedError, StoppedError
+from prunefront.training.examples import ExampleOptions
 from prunefront.training.logs import RunLog
 from prunefront.training.loop import BEST_NAME, EMA_NAME, train
 from prunefront.training.objectives import OBJECTIVES, Classification, Loss
@@ -243,3 +244,42 @@ def test_an_objective_is_one_class_and_its_parts_are_logged(tmp_path, monkeypatc
 
     assert all(record["loss_tokens"] > 0 for record in history)
     assert "loss_tokens" in (tmp_path / "run" / "log.csv").read_text()
+
+
+def test_the_example_level_shortens_the_epoch_and_survives_a_resume(tmp_path):
+    # 34 images, of which 10 are left out: six batches of 4; an exchange before the second and the third epoch.
+    examples = ExampleOptions(initial_removed=10, remove=4, interval_epochs=1, events=2)
+    recipe = RECIPE.model_copy(update={"examples": examples, "accumulate": 1})
+    whole = run(tmp_path / "whole", recipe=recipe)
+    stopped(tmp_path / "parts", 8, recipe=recipe)
+
+    assert run(tmp_path / "parts", recipe=recipe) == whole
+    assert_equal_files(tmp_path / "parts", tmp_path / "whole")
+    states = [torch.load(tmp_path / name / CHECKPOINT_NAME) for name in ("parts", "whole")]
+    assert states[0]["examples"] == states[1]["examples"]
+    assert (states[0]["position"]["step"], states[0]["examples"]["events_done"]) == (18, 2)
+
+
+def test_a_score_that_needs_the_attention_is_refused(tmp_path):
+    recipe = RECIPE.model_copy(update={"examples": ExampleOptions(score="forgetting+cls_var")})
+
+    with pytest.raises(ConfigError, match="set examples.score=forgetting"):
+        run(tmp_path / "run", recipe=recipe)
+
+
+def test_an_image_that_cannot_be_decoded_is_skipped_or_refused(tmp_path):
+    broken = next((tmp_path / "data" / "grey" / "train").rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:40])
+
+    with pytest.raises(CorruptImageError, match=broken.name):
+        run(tmp_path / "refused")
+    # Mixup needs pairs: the batch with the gap loses one more.
+    assert len(run(tmp_path / "skipped", on_corrupt="skip")) == 3
+
+
+def test_repeated_augmentation_shows_fewer_images_in_an_epoch_of_the_same_length(tmp_path):
+    steps: list[float] = []
+    recipe = RECIPE.model_copy(update={"repeats": 3})
+    run(tmp_path / "run", recipe=recipe, epochs=1, progress=lambda done, *_: steps.append(done))
+
+    assert steps == [1, 2, 3, 4]
