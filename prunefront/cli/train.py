@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from prunefront.training.recipes import Recipe
 
 CHECKPOINT_EVERY_STEPS = 500
+# Ctrl-C under torchrun reaches a process twice: from the terminal, and passed on.
+SECOND_SIGNAL_S = 2.0
 RESULT_NAME, CONFIG_NAME, RECIPE_NAME, START_NAME = "result.json", "config.json", "recipe.json", "start.safetensors"
 # What this command's options are called elsewhere, with dashes or underscores.
 CONTEXT_SETTINGS = {"token_normalize_func": lambda name: name.replace("_", "-")}
@@ -495,11 +498,15 @@ def _bar(title: str, world: World) -> Iterator[ProgressCallback | None]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C instead of ending at once; the second one ends."""
+    """Collect SIGTERM and Ctrl-C instead of ending at once; a second Ctrl-C, some time later, does end at once."""
     received: list[int] = []
+    first_at = 0.0
 
     def remember(number: int, frame: FrameType | None) -> None:
-        if received:
+        nonlocal first_at
+        if not received:
+            first_at = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first_at >= SECOND_SIGNAL_S:
             raise KeyboardInterrupt
         received.append(number)
 
