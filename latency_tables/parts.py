@@ -171,6 +171,11 @@ def _kinds() -> dict[str, ReductionKind]:
 REDUCTION_KINDS = _kinds()
 
 
+def measured_methods() -> list[str]:
+    """Methods whose reductions a table has entries for."""
+    return list(dict.fromkeys(kind.method for kind in REDUCTION_KINDS.values()))
+
+
 def measured_kinds(geometry: ModelGeometry) -> list[ReductionKind]:
     """Kinds that a model of this geometry can run and that no other one stands in for."""
     return [

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from latency_tables.errors import LatencyTableError
+from latency_tables.parts import measured_methods
 from prunefront.config import ModelSpec, PruneConfig, Site
 from prunefront.errors import ModelError
 from prunefront.geometry import ModelGeometry
 from prunefront.macs import macs_of_schedule
-from prunefront.registry import get_method, list_methods
+from prunefront.registry import get_method
 from prunefront.schedule import plan_schedule
 
 LOWEST_COST, HIGHEST_COST = 0.3, 1.0  # Of the dense model.
@@ -45,7 +46,7 @@ def random_configs(
         LatencyTableError: If no method can run on the model.
     """
     draw = random.Random(seed)
-    names = [name for name in methods or list_methods() if _usable(name, geometry, spec)]
+    names = [name for name in methods or measured_methods() if _usable(name, geometry, spec)]
     if not names:
         raise LatencyTableError(
             "None of the methods can run on this model, so there is nothing to draw schedules from."

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from prunefront.config import ConfigSource, PruneConfig, load_config
 from prunefront.geometry import ModelGeometry, geometry_for
+from prunefront.registry import get_method
 from prunefront.schedule import BlockSchedule, TokenSchedule, plan_schedule
 
 # Operators that `macs` adds up: what the field reports. The others are what reductions cost on top.
-MODEL_OPERATORS = ("qkv", "attention", "proj", "mlp")
+MODEL_OPERATORS = ("qkv", "attention", "proj", "mlp", "predictor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class MacsDetail:
         head: Pooling and classifiers.
         size_weighted_pool: Averaging tokens by their size; a plain mean costs no product.
         blocks: Per block, operator → MACs. ``qkv``, ``attention``, ``proj`` and ``mlp`` are the model's own;
-            ``class_row`` (scores), ``similarity``, ``merge`` and ``fuse`` are products that reductions add.
+            ``predictor`` is what learned selection needs and is counted with them; ``class_row`` (scores),
+            ``similarity``, ``merge``, ``fuse`` and ``package`` are products that reductions add.
         total: Everything; what torchprofile counts as linear, convolution and matrix products on the built model.
         model: ``total`` without what reductions add; equal to `macs`.
     """
@@ -76,18 +78,25 @@ def macs_of_schedule(schedule: TokenSchedule, geometry: ModelGeometry) -> MacsDe
         }
         operators |= _reduction_macs(block, schedule, geometry, options)
         blocks.append(operators)
-    last = schedule.blocks[-1].tokens_out - geometry.num_prefix_tokens
+    last = schedule.blocks[-1].tokens_out - geometry.num_prefix_tokens - num_packages(schedule)
     if geometry.global_pool == "prr":
         last = schedule.blocks[-1].tokens_out
     pool = geometry.pool_macs_fixed + last * geometry.pool_macs_per_token + last**2 * geometry.pool_macs_per_token_pair
     averages = geometry.global_pool in ("avg", "avgmax") and carries_sizes(schedule)
     return MacsDetail(
         stem=geometry.stem_macs,
-        head=geometry.head_macs + pool,
+        head=geometry.head_macs + pool + last * geometry.token_head_macs,
         # One row times all tokens.
         size_weighted_pool=last * geometry.embed_dim if averages else 0,
         blocks=tuple(blocks),
     )
+
+
+def num_packages(schedule: TokenSchedule) -> int:
+    """Tokens at the end of the sequence that a method appended and never ranks."""
+    if not get_method(schedule.method).carries_added_tokens:
+        return 0
+    return sum(len(block.steps) for block in schedule.blocks)
 
 
 def carries_sizes(schedule: TokenSchedule) -> bool:
@@ -115,10 +124,15 @@ def _reduction_macs(
         if count:
             operators[name] = operators.get(name, 0) + count
 
+    method = get_method(schedule.method)
     ranks = any(step.op in ("prune", "fuse", "merge_mean") for step in block.steps)
     merges_after = any(step.op == "merge" for step in block.steps)
     for step in block.steps:
         present = step.tokens_in - prefix
+        if step.op == "select":
+            add("predictor", present * method.predictor_macs_per_token(geometry))
+            if method.carries_added_tokens:
+                add("package", (step.kept + step.removed) * width)
         if step.op == "fuse":
             add("fuse", present * width)
             if merges_after:  # the fused token needs a metric of its own

@@ -6,25 +6,41 @@ recomputes a recorded case under the names it was recorded with.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunefront.backbones.compressed import Compressed
 from prunefront.compress import compress
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.errors import CheckpointError, ConfigError, PrunefrontError
 from prunefront.geometry import build_timm_model
-from prunefront.methods.base import Aux, SiteRecord
-from prunefront.ops.tokens import with_prefix
-from prunefront.published_schedules import EVIT_LOCATIONS, PPT_LOCATIONS, PPT_THRESHOLD, diffrate_sites
+from prunefront.methods.base import Aux
+from prunefront.methods.spvit import TokenSelector
+from prunefront.published_schedules import (
+    DYNAMICVIT_RATE,
+    EVIT_LOCATIONS,
+    PPT_LOCATIONS,
+    PPT_THRESHOLD,
+    SPVIT_KEEP_RATIOS,
+    TRILEVEL_LOCATIONS,
+    diffrate_sites,
+    dynamicvit_keep_ratios,
+    selection_locations,
+)
 from prunefront.registry import get_method
-from prunefront.schedule import plan_schedule
+from prunefront.replay import recorded_input, replay
 
 # Proxies that DiffRate's rate search leaves in its checkpoints; the rates themselves come as lists.
 _DIFFRATE_PROXIES = (".prune_ddp.", ".merge_ddp.")
+
+# Names under which repositories and cases give the backbone's layer-norm epsilon.
+_NORM_EPS = ("layernorm_eps", "layernorm_eps_blocks", "norm_eps")
+
+# SPViT: in_conv.K.… and out_conv.K.… of head K.
+_HEAD_COPY = re.compile(r"(?P<part>\b(?:in|out)_conv)\.\d+\.(?=\d+\.)")
 
 
 def from_official(
@@ -36,9 +52,10 @@ def from_official(
     """Our model for a checkpoint of a method's own repository, in eval mode.
 
     Args:
-        method: "evit", "ppt", "tome" or "diffrate".
+        method: "evit", "ppt", "tome", "diffrate", "dynamicvit", "spvit" or "trilevel"; "lvvit" for the dense backbone.
         model: Architecture: ``img_size`` (int or [H, W]), ``patch_size``, ``embed_dim``, ``depth``, ``num_heads``,
-            ``mlp_ratio``, ``qkv_bias``, ``num_classes``, ``in_chans``, ``distilled``, ``layernorm_eps``.
+            ``mlp_ratio``, ``qkv_bias``, ``num_classes``, ``in_chans``, ``distilled``, ``layernorm_eps``; with ``arch``
+            "lvvit" also ``skip_lam`` and ``stem_width``.
         hparams: The method's hyper-parameters under its repository's names; may be empty.
         weights: State dict under the repository's names.
 
@@ -46,30 +63,63 @@ def from_official(
         ConfigError: If a hyper-parameter is unknown or cannot be right.
         CheckpointError: If the weights do not fit the architecture.
     """
-    get_method(method)
-    if method not in _SITES:
-        raise ConfigError(f"Method {method!r} has no repository of its own; official ones are {', '.join(_SITES)}.")
+    if method != "lvvit":
+        get_method(method)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
         if not any(proxy in name for proxy in _DIFFRATE_PROXIES)
     }
-    spec = _model_spec(model, state)
+    is_lvvit = model.get("arch") == "lvvit" or method == "lvvit"
+    spec = _lvvit_spec(model) if is_lvvit else _model_spec(model, state)
     dense = build_timm_model(spec)
-    eps = model.get("layernorm_eps", model.get("norm_eps"))
+    eps = next((model[name] for name in _NORM_EPS if model.get(name) is not None), None)
     if eps is not None:
         for module in dense.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = float(eps)
+    if method == "lvvit":
+        _load(dense, state)
+        return dense.eval()
+    sites, options = official_sites(method, hparams, int(model["depth"]))
+    config = PruneConfig.model_validate({"model": spec, "method": method, "sites": sites, "options": options})
+    compressed = compress(dense, config)
+    if method == "spvit":
+        selectors = [module for module in compressed.modules() if isinstance(module, TokenSelector)]
+        state = shared_heads(state, selectors)
+    _load(compressed, state)
+    return compressed.eval()
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     try:
-        dense.load_state_dict(state, strict=True)
+        missing, surplus = model.load_state_dict(dict(state), strict=False)
     except RuntimeError as error:
         raise CheckpointError(
             f"The weights do not fit the architecture given: {' '.join(str(error).split())[:400]}"
         ) from error
-    sites, options = official_sites(method, hparams, int(model["depth"]))
-    config = PruneConfig.model_validate({"model": spec, "method": method, "sites": sites, "options": options})
-    return compress(dense, config).eval()
+    # Counters of batch norms say nothing about the function; not every release stores them.
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    problems = [f"{what} {', '.join(names[:3])}" for what, names in (("lack", missing), ("add", surplus)) if names]
+    if problems:
+        raise CheckpointError(
+            f"The weights do not fit the architecture given: they {' and '.join(problems)}. "
+            "Check method and architecture."
+        )
+
+
+def shared_heads(state: Mapping[str, Tensor], selectors: Sequence[TokenSelector]) -> dict[str, Tensor]:
+    """SPViT's state with the scorer that all heads share stored once, as `TokenSelector` has it.
+
+    Checkpoints repeat it for every head. Where the copies differ, each head keeps its own and the selectors are told.
+    """
+    copies = [name for name in state if _HEAD_COPY.search(name)]
+    first = {name: _HEAD_COPY.sub(r"\g<part>.0.", name) for name in copies}
+    if all(torch.equal(state[name], state[first[name]]) for name in copies):
+        return {name: tensor for name, tensor in state.items() if name not in first or first[name] == name}
+    for selector in selectors:
+        selector.separate_heads()
+    return dict(state)
 
 
 def official_sites(method: str, hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -90,45 +140,6 @@ def official_sites(method: str, hparams: Mapping[str, Any], depth: int) -> tuple
         raise ConfigError(
             f"The hyper-parameters of {method} cannot be used: {error}. Correct {dict(hparams)}."
         ) from error
-
-
-def replay(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Our results for a recorded case, under the case's own tensor names.
-
-    Args:
-        case: The case's JSON.
-        tensors: Its tensors; ``weights/*`` and ``input`` are read, the rest is not.
-
-    Returns:
-        ``logits``, ``logits_no_reduction`` and every quantity the method records.
-    """
-    method = str(case["method"])
-    weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
-    model = from_official(method, case["model"], case["hparams"], weights)
-    images = recorded_input(case, tensors)
-    with torch.no_grad():
-        logits, aux = model(images, return_aux=True)
-        results: dict[str, Any] = {"logits": logits, "logits_no_reduction": model(images, schedule=[])}
-    assert isinstance(model, Compressed)
-    prefix = plan_schedule(model.prune_config).num_prefix_tokens
-    for record in aux.sites:
-        results |= _RECORDED[method](record, prefix)
-    if method != "evit":
-        first = 0 if method == "diffrate" else min((r.block for r in aux.sites), default=0)
-        for plan in model._blocks_plan[first:]:
-            size = aux.sizes.get(plan.index)
-            results[f"size/{plan.index}"] = size if size is not None else torch.ones(len(logits), plan.tokens_out)
-    if method in ("tome", "diffrate"):
-        results["group"] = aux.origin.to(torch.int32)
-    return {name: value.to(torch.int32) if _is_integer(value) else value for name, value in results.items()}
-
-
-def recorded_input(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The images of a case: stored small, every pixel repeated ``input.upsample`` times each way."""
-    images = tensors["input"].float()
-    description = case.get("input")
-    factor = int(description.get("upsample", 1)) if isinstance(description, Mapping) else 1
-    return images.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1) if factor > 1 else images
 
 
 def parse_r(r: int | Sequence[float], depth: int, *, is_pair: bool = False) -> list[int]:
@@ -169,6 +180,29 @@ def _model_spec(model: Mapping[str, Any], state: Mapping[str, Tensor]) -> ModelS
     size = model["img_size"]
     return ModelSpec(
         name="deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224",
+        kwargs=kwargs,
+        img_size=size if isinstance(size, int) else tuple(size),
+        in_chans=int(model.get("in_chans", 3)),
+        num_classes=int(model["num_classes"]),
+    )
+
+
+def _lvvit_spec(model: Mapping[str, Any]) -> ModelSpec:
+    needed = ("img_size", "embed_dim", "depth", "num_heads", "num_classes")
+    missing = [name for name in needed if name not in model]
+    if missing:
+        raise ConfigError(f"The architecture lacks {', '.join(missing)}. Add what the checkpoint was trained with.")
+    kwargs = {name: model[name] for name in ("embed_dim", "depth", "num_heads")}
+    kwargs |= {
+        "patch_size": model.get("patch_size", 16),
+        "mlp_ratio": model.get("mlp_ratio", 3.0),
+        "qkv_bias": model.get("qkv_bias", False),
+        "skip_lam": model.get("skip_lam", 1.0),
+        "stem_width": model.get("stem_width", 64),
+    }
+    size = model["img_size"]
+    return ModelSpec(
+        name="lvvit_s",
         kwargs=kwargs,
         img_size=size if isinstance(size, int) else tuple(size),
         in_chans=int(model.get("in_chans", 3)),
@@ -242,70 +276,68 @@ def _diffrate_sites(hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[s
     return diffrate_sites(prune, merge), {}
 
 
-_SITES = {"evit": _evit_sites, "ppt": _ppt_sites, "tome": _tome_sites, "diffrate": _diffrate_sites}
+def _selection_sites(hparams: Mapping[str, Any], depth: int, default: Sequence[float]) -> list[dict[str, Any]]:
+    """Cumulative ratios at the locations of the repository: quarters of the depth where none are given."""
+    locations = hparams.get("pruning_loc", selection_locations(depth))
+    ratios = hparams.get("token_ratio")
+    if ratios is None:
+        base = hparams.get("base_rate")
+        ratios = default if base is None else dynamicvit_keep_ratios(base, len(locations))
+    if len(ratios) != len(locations):
+        raise ConfigError(
+            f"token_ratio needs one entry per entry of pruning_loc ({len(locations)}), but got {len(ratios)}."
+        )
+    return [
+        {"block": block, "op": "select", "cumulative_keep_ratio": ratio}
+        for block, ratio in zip(locations, ratios, strict=True)
+    ]
+
+
+def _dynamicvit_sites(hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    _known(hparams, "dynamicvit", {"pruning_loc", "token_ratio", "base_rate"})
+    return _selection_sites(hparams, depth, dynamicvit_keep_ratios(DYNAMICVIT_RATE)), {}
+
+
+def _spvit_sites(hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    _known(hparams, "spvit", {"pruning_loc", "token_ratio", "base_rate"})
+    # The repository reads base_rate and does not use it; the ratios only aim the training.
+    given = {name: value for name, value in hparams.items() if name != "base_rate"}
+    return _selection_sites(given, depth, SPVIT_KEEP_RATIOS), {}
+
+
+def _trilevel_sites(hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    _known(hparams, "trilevel", {"keep_ratio", "attn_ratio", "pruning_blocks"})
+    ratio = hparams.get("keep_ratio", 0.7)
+    sites = [
+        {"block": block, "op": "prune", "keep_ratio": ratio}
+        for block in hparams.get("pruning_blocks", TRILEVEL_LOCATIONS)
+        if block < depth
+    ]
+    return sites, {"attn_ratio": hparams.get("attn_ratio", 0.3), "tie": "official"}
+
+
+_SITES = {
+    "evit": _evit_sites,
+    "ppt": _ppt_sites,
+    "tome": _tome_sites,
+    "diffrate": _diffrate_sites,
+    "dynamicvit": _dynamicvit_sites,
+    "spvit": _spvit_sites,
+    "trilevel": _trilevel_sites,
+}
 
 
 def _known(hparams: Mapping[str, Any], method: str, names: set[str]) -> None:
     """Refuse misspelt hyper-parameters; results and notes that cases carry beside them are documentation."""
-    documentation = {"r_list_parsed", "r_effective", "r_effective_per_block"}
+    documentation = {
+        "r_list_parsed", "r_effective", "r_effective_per_block", "token_ratio_meaning",
+        "score", "rounding", "fused_token", "mask_eps",
+    }  # fmt: skip
     unknown = sorted(set(hparams) - names - documentation)
     if unknown:
         raise ConfigError(
             f"Unknown hyper-parameter(s) of {method}: {', '.join(unknown)}. Known: {', '.join(sorted(names))}."
         )
-
-
-def _evit_recorded(record: SiteRecord, prefix: int) -> dict[str, Tensor]:
-    b = record.block
-    return {f"kept_idx/{b}": record.values["kept_idx"], f"scores/{b}": record.values["scores"]}
-
-
-def _tome_recorded(record: SiteRecord, prefix: int) -> dict[str, Tensor]:
-    b = record.block
-    return {
-        f"merge_src/{b}": record.values["merge_src"] + prefix,
-        f"merge_dst/{b}": record.values["merge_dst"] + prefix,
-        f"scores/{b}": _with_protected(record.values["similarity"], prefix),
-    }
-
-
-def _ppt_recorded(record: SiteRecord, prefix: int) -> dict[str, Tensor]:
-    b, values = record.block, record.values
-    pooled = values["policy"]
-    protected = torch.full_like(values["scores"][:, :1], 2.0).expand(-1, prefix)
-    results = {
-        f"scores/{b}": torch.cat((protected, values["scores"]), dim=1),
-        f"var/{b}": values["var"],
-        f"policy/{b}": pooled,
-    }
-    if not pooled.all():
-        kept = with_prefix(values["kept_idx"], prefix)
-        results[f"kept_idx/{b}"] = kept.masked_fill(pooled[:, None], -1)
-    if pooled.any():
-        pruned = ~pooled[:, None]
-        results[f"merge_src/{b}"] = (values["merge_src"] + prefix).masked_fill(pruned, -1)
-        results[f"merge_dst/{b}"] = (values["merge_dst"] + prefix).masked_fill(pruned, -1)
-        results[f"merge_score/{b}"] = _with_protected(values["similarity"], prefix).masked_fill(pruned, -2.0)
-    return results
-
-
-def _diffrate_recorded(record: SiteRecord, prefix: int) -> dict[str, Tensor]:
-    b, values = record.block, record.values
-    if record.op == "prune":
-        return {f"scores/{b}": values["scores"], f"order/{b}": with_prefix(values["order"], prefix)}
-    return {f"merge_dst/{b}": values["merge_dst"] + prefix, f"merge_sim/{b}": values["merge_sim"]}
-
-
-_RECORDED = {"evit": _evit_recorded, "tome": _tome_recorded, "ppt": _ppt_recorded, "diffrate": _diffrate_recorded}
-
-
-def _with_protected(similarity: Tensor, prefix: int) -> Tensor:
-    """Official lists hold protected tokens of the even positions too, as -inf."""
-    return torch.cat((similarity.new_full((len(similarity), -(-prefix // 2)), -torch.inf), similarity), dim=1)
-
-
-def _is_integer(value: Tensor) -> bool:
-    return not value.is_floating_point()
 
 
 __all__ = ["Aux", "from_official", "official_sites", "parse_r", "recorded_input", "replay"]

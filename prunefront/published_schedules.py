@@ -21,6 +21,17 @@ EVIT_KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 PPT_LOCATIONS = (3, 6, 9)
 PPT_REMOVED = 50
 PPT_THRESHOLD = 7e-5
+DYNAMICVIT_RATE = 0.7
+# (width, depth, is LV-ViT) → base rates of the released models.
+_DYNAMICVIT_RATES = {
+    (256, 12, False): (0.7,),
+    (384, 12, False): (0.7,),
+    (768, 12, False): (0.7,),
+    (384, 16, True): (0.5, 0.7),
+    (512, 20, True): (0.7,),
+}
+SPVIT_KEEP_RATIOS = (0.617, 0.369, 0.137)  # written into the training script; logs of LV-ViT-S have powers of 0.7
+TRILEVEL_LOCATIONS = (3, 6, 9)
 # Depth → r of the models in ToMe's tables, at 224 px and patch 16.
 TOME_R = {12: (8, 12, 13, 16), 24: (4, 7, 8)}
 # (width, depth, pools by the class token) → key in the data file.
@@ -38,7 +49,8 @@ def published(method: str, model_name: str | ModelSpec) -> dict[str, PruneConfig
     """Named schedules that ``method``'s authors published for a model like this one.
 
     Args:
-        method: "evit", "ppt", "tome" or "diffrate" ("hybrid" has none of its own).
+        method: A name of `list_methods` ("hybrid" has none of its own). Those of learned methods ("dynamicvit",
+            "spvit") and of "trilevel" need a checkpoint trained for them.
         model_name: timm name or a full spec.
 
     Returns:
@@ -70,6 +82,18 @@ def published(method: str, model_name: str | ModelSpec) -> dict[str, PruneConfig
             if counts["prune"][0] == geometry.num_patch_tokens + 1:
                 sites = diffrate_sites(counts["prune"], counts["merge"], only_removing=True)
                 rows[f"diffrate-{target}G"] = (sites, {})
+    elif method == "dynamicvit":
+        for rate in _dynamicvit_rates(geometry):
+            rows[f"dynamicvit-{rate}"] = (_selections(geometry, dynamicvit_keep_ratios(rate)), {})
+    elif method == "spvit" and _DYNAMICVIT_RATES.get(
+        (geometry.embed_dim, geometry.depth, geometry.token_head_macs > 0)
+    ):
+        rows["spvit-0.617"] = (_selections(geometry, SPVIT_KEEP_RATIOS), {})
+        if geometry.token_head_macs:
+            rows["spvit-0.7"] = (_selections(geometry, dynamicvit_keep_ratios(DYNAMICVIT_RATE)), {})
+    elif method == "trilevel" and _is_deit_like(geometry):
+        prunes = [{"block": b, "op": "prune", "keep_ratio": 0.9} for b in TRILEVEL_LOCATIONS]
+        rows["trilevel-0.9"] = (prunes, {"attn_ratio": 0.1, "tie": "official"})
     return {
         name: PruneConfig.model_validate({"model": spec, "method": method, "sites": sites, "options": options})
         for name, (sites, options) in rows.items()
@@ -105,6 +129,27 @@ def diffrate_sites(
                 present = count
             sites.append({"block": block, "op": op, "tokens": count - 1})
     return sites
+
+
+def dynamicvit_keep_ratios(rate: float, stages: int = 3) -> list[float]:
+    """Cumulative ratios of a base rate: its powers, unrounded floats as in the official code."""
+    return [rate ** (stage + 1) for stage in range(stages)]
+
+
+def selection_locations(depth: int) -> list[int]:
+    """Blocks before which DynamicViT and SPViT select: 3, 6, 9 of 12 blocks, 4, 8, 12 of 16, 5, 10, 15 of 20."""
+    return [depth // 4 * part for part in (1, 2, 3)]
+
+
+def _dynamicvit_rates(geometry: ModelGeometry) -> tuple[float, ...]:
+    return _DYNAMICVIT_RATES.get((geometry.embed_dim, geometry.depth, geometry.token_head_macs > 0), ())
+
+
+def _selections(geometry: ModelGeometry, ratios: Sequence[float]) -> list[dict[str, Any]]:
+    return [
+        {"block": block, "op": "select", "cumulative_keep_ratio": ratio}
+        for block, ratio in zip(selection_locations(geometry.depth), ratios, strict=True)
+    ]
 
 
 def _is_deit_like(geometry: ModelGeometry) -> bool:

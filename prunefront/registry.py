@@ -16,6 +16,9 @@ _METHODS = {
     "ppt": ("prunefront.methods.ppt", "PPT"),
     "tome": ("prunefront.methods.tome", "ToMe"),
     "diffrate": ("prunefront.methods.diffrate", "DiffRate"),
+    "dynamicvit": ("prunefront.methods.dynamicvit", "DynamicViT"),
+    "spvit": ("prunefront.methods.spvit", "SPViT"),
+    "trilevel": ("prunefront.methods.trilevel", "TriLevel"),
     "hybrid": ("prunefront.methods.hybrid", "Hybrid"),
 }
 

@@ -39,7 +39,7 @@ class Step:
 class BlockSchedule:
     """Tokens of one block, prefix included: attention works on ``tokens_in``, the MLP on ``tokens_out``.
 
-    ``tokens_entering`` is more than ``tokens_in`` where a method selects tokens before the attention.
+    ``tokens_entering`` is another number than ``tokens_in`` where a method selects tokens before the attention.
     """
 
     index: int
@@ -49,7 +49,7 @@ class BlockSchedule:
 
     @property
     def tokens_entering(self) -> int:
-        return max(self.tokens_in, self.steps[0].tokens_in) if self.steps else self.tokens_in
+        return self.steps[0].tokens_in if self.steps else self.tokens_in
 
 
 @dataclass(frozen=True, kw_only=True)

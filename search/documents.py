@@ -95,7 +95,11 @@ class SearchJob(_Placed):
         from prunefront.registry import get_method
 
         for name in space.methods:
-            get_method(name)
+            if get_method(name).needs_training:
+                raise ValueError(
+                    f"{name} has to be trained before it can be judged, so a search cannot propose it; "
+                    "leave it out of the methods, or train a config of it"
+                )
         return space
 
 

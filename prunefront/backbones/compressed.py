@@ -119,6 +119,7 @@ class Compressed:
             )
             if recorder is not None:
                 recorder.block = block_plan.index
+                recorder.is_last_block = block_plan.index == len(plan) - 1
             run = self._method.forward_block
             if model.grad_checkpointing:
                 tokens = checkpoint(run, self.blocks_family, block, tokens, block_plan.steps, call)
@@ -184,6 +185,7 @@ def aux_of(tokens: Tokens, heads: Heads, recorder: Recorder) -> Aux:
         class_logits=heads.logits if heads.class_logits is None else heads.class_logits,
         token_logits=heads.token_logits,
         class_tokens=torch.stack(recorder.class_tokens) if recorder.class_tokens else None,
+        class_attention=recorder.class_attention,
     )
 
 

@@ -75,7 +75,8 @@ def new(
     """Write a config from a schedule, in our words or in those of the method's own repository.
 
     The repositories' own options are understood as they are: --base_keep_rate 0.7 --drop_loc "(3, 6, 9)" --fuse_token
-    (EViT), --r_tokens 50 --pp_loc_list 3 6 9 --threshold 7e-5 (PPT), --r 8 (ToMe).
+    (EViT), --r_tokens 50 --pp_loc_list 3 6 9 --threshold 7e-5 (PPT), --r 8 (ToMe), --base_rate 0.7 (DynamicViT),
+    --keep_ratio 0.7 --attn_ratio 0.3 (Tri-Level).
 
     Example: prunefront config new --model deit_small_patch16_224 --method evit --at 3,6,9 --op fuse --keep-ratio 0.7
     """

@@ -1,8 +1,9 @@
 """Schedules as the papers' own repositories spell them on the command line, turned into their hyper-parameters.
 
 ``--base_keep_rate 0.7 --drop_loc "(3, 6, 9)" --fuse_token`` (EViT), ``--r_tokens 50 --pp_loc_list 3 6 9
---threshold 7e-5`` (PPT), ``--r 8`` (ToMe), ``--prune_kept_num ... --merge_kept_num ...`` (DiffRate). Dashes and
-underscores are the same; each spelling belongs to one method, which it implies.
+--threshold 7e-5`` (PPT), ``--r 8`` (ToMe), ``--prune_kept_num ... --merge_kept_num ...`` (DiffRate), ``--base_rate
+0.7`` (DynamicViT), ``--keep_ratio 0.7 --attn_ratio 0.3`` (Tri-Level). Dashes and underscores are the same; each
+spelling belongs to one method, which it implies.
 """
 
 from __future__ import annotations
@@ -52,13 +53,21 @@ SPELLINGS: dict[str, Spelling] = {
     # The repository's flag switches proportional attention off, whatever its name suggests.
     "prop_attn": Spelling(method="ppt", hparam="prop_attn", switches_to=False),
     "r": Spelling(method="tome", hparam="r", read=_r),
+    "base_rate": Spelling(method="dynamicvit", hparam="base_rate", read=_number),
+    "keep_ratio": Spelling(method="trilevel", hparam="keep_ratio", read=_number),
+    "attn_ratio": Spelling(method="trilevel", hparam="attn_ratio", read=_number),
     "prune_kept_num": Spelling(method="diffrate", hparam="prune_kept_num", read=_locations),
     "merge_kept_num": Spelling(method="diffrate", hparam="merge_kept_num", read=_locations),
 }
 # What the scripts assume where nothing is said.
-DEFAULTS: dict[str, dict[str, Any]] = {"evit": {"base_keep_rate": 0.7}, "ppt": {"r": 50}, "tome": {}, "diffrate": {}}
-# Options of methods whose scripts fix their schedules otherwise.
-FOREIGN: dict[str, str] = {"base_rate": "DynamicViT and SPViT", "attn_ratio": "Tri-Level"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "evit": {"base_keep_rate": 0.7},
+    "ppt": {"r": 50},
+    "tome": {},
+    "diffrate": {},
+    "dynamicvit": {"base_rate": 0.9},
+    "trilevel": {"keep_ratio": 0.7},
+}
 MODEL_NAMES: dict[str, str] = {
     f"deit_{size}_patch16_shrink_base": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")
 } | {"deit-t": "deit_tiny_patch16_224", "deit-s": "deit_small_patch16_224", "deit-b": "deit_base_patch16_224"}
@@ -76,10 +85,10 @@ def check_spelling(arguments: Sequence[str], own_options: Collection[str] = ()) 
     """
     names = {_normalised(word).partition("=")[0][2:]: word.partition("=")[0] for word in arguments if word[:2] == "--"}
     for name, word in names.items():
-        if name in FOREIGN:
-            raise ConfigError(f"{word} belongs to {FOREIGN[name]}, whose schedules have no spelling here.")
         if name not in SPELLINGS:
-            spellings = [f"--{spelling}" for spelling in SPELLINGS]
+            # Where our own option and a spelling differ by a dash alone, ours is the one to name.
+            ours = {option.replace("-", "_") for option in own_options}
+            spellings = [f"--{spelling}" for spelling in SPELLINGS if f"__{spelling}" not in ours]
             close = difflib.get_close_matches(word, [*own_options, *spellings], n=2, cutoff=0.75)
             known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(spellings)}."
             raise ConfigError(f"{word} is not part of a schedule; {known} See prunefront config new --help.")

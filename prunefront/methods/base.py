@@ -65,6 +65,8 @@ class Aux:
         token_logits: Logits of each token from the first patch on, (B, N - prefix, classes), where the backbone has
             such a head (LV-ViT), else None.
         class_tokens: The first token leaving each block, (depth, B, C), before the final norm.
+        class_attention: Head-mean attention of the class token to the patches in the last block, (B, N - prefix); of
+            ``trilevel`` alone.
     """
 
     tokens: Tensor
@@ -78,6 +80,7 @@ class Aux:
     class_logits: Tensor | None = None
     token_logits: Tensor | None = None
     class_tokens: Tensor | None = None
+    class_attention: Tensor | None = None
 
 
 class Recorder:
@@ -89,12 +92,20 @@ class Recorder:
         self.sizes: dict[int, Tensor] = {}
         self.decisions: list[Tensor] = []
         self.class_tokens: list[Tensor] = []
+        self.class_attention: Tensor | None = None
         self.block = 0
+        self.is_last_block = False
 
     def add(self, op: str, assignment: Tensor, **values: Tensor) -> None:
         self.sites.append(SiteRecord(block=self.block, op=op, assignment=assignment, values=values))
         followed = assignment.gather(1, self.origin.clamp(min=0))
         self.origin = torch.where(self.origin < 0, self.origin, followed)
+
+    def add_decision(self, num_prefix: int, end: int | None = None) -> None:
+        """Note which initial patches are still among the tokens before position ``end`` (None for all)."""
+        origin = self.origin[:, num_prefix:]
+        kept = origin >= 0
+        self.decisions.append((kept if end is None else kept & (origin < end)).float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +154,7 @@ class Method(ABC):
     acts_before_attention: ClassVar[bool] = False  # else between attention and MLP
     carries_added_tokens: ClassVar[bool] = False  # else an added token is ranked like any other at the next site
     masks_in_training: ClassVar[bool] = False  # nothing is removed while the model trains
+    needs_training: ClassVar[bool] = False  # of little use off the shelf: learned parts, or made for training
     resizes_position_embedding: ClassVar[bool] = False
     options_model: ClassVar[type[MethodOptions]] = MethodOptions
 
@@ -228,6 +240,10 @@ class Method(ABC):
     def create_predictor(self, geometry: ModelGeometry) -> nn.Module | None:
         """The learned parts of one site, freshly initialised; None for methods without any."""
         return None
+
+    def predictor_macs_per_token(self, geometry: ModelGeometry) -> int:
+        """MACs of the learned parts for one token that they score, packages included."""
+        return 0
 
     def uses_size_bias(self, options: Mapping[str, Any]) -> bool:
         """Whether attention is proportional to token size."""

@@ -1,7 +1,12 @@
-"""Losses of fine-tuning: cross-entropy on hard or mixed labels, and soft distillation from the dense model."""
+"""Losses of training: cross-entropy, distillation from the dense model, and what learned methods and LV-ViT add."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,3 +51,140 @@ def finetuning_loss(
     if teacher_logits is None:
         return loss
     return (1 - alpha) * loss + alpha * soft_distillation(logits, teacher_logits, tau)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionLoss:
+    """Parts of `selection_loss`, unweighted but for ``total``; scalars."""
+
+    total: Tensor
+    classification: Tensor
+    ratio: Tensor  # summed over stages
+    class_distillation: Tensor
+    token_distillation: Tensor
+
+
+def selection_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    decisions: Sequence[Tensor],
+    keep_ratios: Sequence[float],
+    teacher_logits: Tensor,
+    teacher_tokens: Tensor,
+    *,
+    kept: Tensor | None = None,
+    classification_weight: float = 1.0,
+    ratio_weight: float = 2.0,
+    distillation_weight: float = 0.5,
+    token_loss: Literal["mse", "kl"] = "mse",
+    ratio_over: Literal["image", "batch"] = "image",
+    label_smoothing: float = 0.0,
+) -> SelectionLoss:
+    """Loss of methods with learned selection: classification, keep ratio, distillation of class and kept tokens.
+
+    Section 3.3 of Rao et al., "DynamicViT", NeurIPS 2021, and Section 4 of Kong et al., "SPViT", ECCV 2022, which lets
+    the images of a batch share a ratio. The ratio term is averaged over the stages there are.
+
+    Args:
+        logits: Of the class token, (B, classes).
+        tokens: Normalised patch tokens (B, N, C) for ``mse``, or their logits (B, N, classes) for ``kl`` (LV-ViT).
+        targets: Labels (B,), or class shares (B, classes) after mixup.
+        decisions: Nested decisions after each stage, (B, N) each.
+        keep_ratios: Share of the initial patches to keep after each stage.
+        teacher_logits: Dense model, (B, classes).
+        teacher_tokens: Dense model, like ``tokens``.
+        kept: Patches whose tokens are distilled, (B, N); None takes the last decision.
+        classification_weight: Of the cross-entropy.
+        ratio_weight: Of the squared distance from the ratios.
+        distillation_weight: Of each of both distillation terms.
+        token_loss: How tokens are compared.
+        ratio_over: Whether each image has to meet a ratio, or their mean.
+        label_smoothing: Spread of hard labels; mixed targets come smoothed already.
+
+    Raises:
+        ValueError: If there is not one ratio per stage.
+    """
+    if len(decisions) != len(keep_ratios):
+        raise ValueError(
+            f"One keep ratio per stage is needed, but got {len(keep_ratios)} for {len(decisions)} stages. "
+            "Pass as many ratios as the model has sites."
+        )
+    smoothing = label_smoothing if targets.ndim == 1 else 0.0
+    classification = functional.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+    ratio = logits.new_zeros((), dtype=torch.float32)
+    for decision, keep_ratio in zip(decisions, keep_ratios, strict=True):
+        share = decision.float().mean(dim=1) if ratio_over == "image" else decision.float().mean()
+        ratio = ratio + (share - keep_ratio).square().mean()
+    last = (decisions[-1] if kept is None else kept).detach() > 0.5
+    token_distillation = logits.new_zeros((), dtype=torch.float32)
+    if bool(last.any()):
+        student, teacher = tokens.float()[last], teacher_tokens.float()[last]
+        token_distillation = (
+            functional.mse_loss(student, teacher) if token_loss == "mse" else soft_distillation(student, teacher, 1.0)
+        )
+    class_distillation = soft_distillation(logits, teacher_logits, 1.0)
+    return SelectionLoss(
+        total=classification_weight * classification
+        + ratio_weight * ratio / len(keep_ratios)
+        + distillation_weight * (class_distillation + token_distillation),
+        classification=classification,
+        ratio=ratio,
+        class_distillation=class_distillation,
+        token_distillation=token_distillation,
+    )
+
+
+def token_label_loss(
+    logits: Tensor,
+    token_logits: Tensor,
+    targets: Tensor,
+    *,
+    mixed_box: tuple[int, int, int, int] = (0, 0, 0, 0),
+    class_weight: float = 1.0,
+    token_weight: float = 1.0,
+    uses_ground_truth: bool = False,
+) -> Tensor:
+    """Cross-entropy of the class token and of every patch token against labels of its own.
+
+    Section 3.2 of Jiang et al., "All Tokens Matter", NeurIPS 2021 (arXiv:2104.10858); code constants where the paper
+    leaves them open.
+
+    Args:
+        logits: Of the class token, (B, classes).
+        token_logits: Of the patches, (B, N, classes), MixToken already undone.
+        targets: (B, classes, 2 + N): ground truth, soft label of the image, one per token; or (B, classes), the same
+            label for the image and all its tokens.
+        mixed_box: Rows and columns (top, left, bottom, right) that MixToken took from the flipped batch.
+        class_weight: Of the class token.
+        token_weight: Of the patches' mean.
+        uses_ground_truth: Mix the ground truth into the image's soft label: half of it where both name one class, else
+            a tenth. Token labels stay, as in the official code.
+    """
+    num_tokens = token_logits.shape[1]
+    if targets.ndim == 2:
+        image_target = targets
+        token_targets = targets.unsqueeze(1).expand(-1, num_tokens, -1)
+        ground_truth = None
+    else:
+        ground_truth = targets[:, :, 0]
+        image_target = targets[:, :, 1]
+        token_targets = targets[:, :, 2:].transpose(1, 2)
+    if uses_ground_truth and ground_truth is not None:
+        image_target = _corrected(image_target, ground_truth)
+    top, left, bottom, right = mixed_box
+    own = 1.0 - (bottom - top) * (right - left) / num_tokens
+    if own < 1.0:
+        image_target = own * image_target + (1.0 - own) * image_target.flip(0)
+    loss = class_weight * functional.cross_entropy(logits.float(), image_target)
+    if token_weight:
+        dense = functional.cross_entropy(token_logits.float().flatten(0, 1), token_targets.flatten(0, 1))
+        loss = loss + token_weight * dense
+    return loss
+
+
+def _corrected(soft: Tensor, ground_truth: Tensor) -> Tensor:
+    """Soft labels (B, classes) with the ground truth mixed in."""
+    agrees = soft.argmax(dim=-1, keepdim=True) == ground_truth.argmax(dim=-1, keepdim=True)
+    share = torch.where(agrees, 0.5, 0.9)
+    return soft * share + ground_truth * (1.0 - share)

@@ -30,6 +30,8 @@ from prunefront.errors import ConfigError
         ("--r [8,8,4]", "tome", {"r": [8, 8, 4]}),
         ("--r 8 8 4", "tome", {"r": [8, 8, 4]}),
         ('--r "(8, -1)"', "tome", {"r": [8, -1], "r_kind": "(r, inflection)"}),
+        ("--base_rate 0.7", "dynamicvit", {"base_rate": 0.7}),
+        ("--keep_ratio 0.9 --attn_ratio 0.1", "trilevel", {"keep_ratio": 0.9, "attn_ratio": 0.1}),
         (
             "--prune_kept_num 17 12 --merge_kept_num 17 10",
             "diffrate",
@@ -46,9 +48,13 @@ def test_a_repositorys_options_become_its_hyper_parameters(line: str, method: st
     [
         ("--r 8 --fuse_token", None, "--r of tome and --fuse_token of evit"),
         ("--r 8", "evit", "--r of tome and --method evit"),
-        ("--base_rate 0.7", None, "belongs to DynamicViT and SPViT"),
+        ("--base_rate 0.7 --keep_ratio 0.7", None, "--base_rate of dynamicvit and --keep_ratio of trilevel"),
         ("--epochs 30", None, "--epochs is not part of a schedule"),
-        ("--base-kep-rate 0.7", None, "--base-kep-rate is not part of a schedule; did you mean --base_keep_rate?"),
+        (
+            "--base-kep-rate 0.7",
+            None,
+            "--base-kep-rate is not part of a schedule; did you mean --base_keep_rate or",
+        ),
         ("--keep-ration 0.7", None, "--keep-ration is not part of a schedule; did you mean --keep-ratio?"),
         ("--r -5", None, "r is how many tokens leave in a block, but got -5"),
         ("--r_tokens [8,-8,8]", None, "r is how many tokens leave in a block, but got -8"),

@@ -2,11 +2,11 @@ import pytest
 
 from latency_tables.build import CORRECTION_SEED
 from latency_tables.errors import LatencyTableError
+from latency_tables.parts import measured_methods
 from latency_tables.schedules import random_configs
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import geometry_for
 from prunefront.macs import macs
-from prunefront.registry import list_methods
 from tests.unit.latency_tables.fakes import NO_CLASS_TOKEN
 
 DEIT = ModelSpec(name="deit_tiny_patch16_224")
@@ -19,7 +19,7 @@ def test_costs_are_spread_over_the_range_and_methods_take_turns() -> None:
     shares = sorted(macs(config) / DENSE_MACS for config in configs)
     assert len(configs) == 50
     assert all(share == pytest.approx(0.3 + 0.7 * (at + 0.5) / 50, abs=0.03) for at, share in enumerate(shares))
-    for method in list_methods():
+    for method in measured_methods():
         assert sum(config.method == method for config in configs) >= 5
 
 
