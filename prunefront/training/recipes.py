@@ -51,13 +51,12 @@ class Distillation(StrictModel):
 
 
 class PruningLoss(StrictModel):
-    """Weights of the objective ``pruning-distillation`` (DynamicViT, SPViT)."""
+    """Weights of the objective ``pruning-distillation`` (DynamicViT, SPViT), for `losses.selection_loss`."""
 
     classification_weight: NonNegative = 1.0
     ratio_weight: NonNegative = Field(2.0, description="Of the kept shares' squared distance to their targets.")
-    logit_weight: NonNegative = Field(0.5, description="Of KL to the teacher's logits.")
-    token_weight: NonNegative = Field(0.5, description="Of the distance to the teacher's tokens.")
-    ratio_per: Literal["image", "batch"] = Field("image", description="What a kept share is averaged over.")
+    distillation_weight: NonNegative = Field(0.5, description="Of each distance to the teacher: logits and tokens.")
+    ratio_over: Literal["image", "batch"] = Field("image", description="What a kept share is averaged over.")
 
 
 class KeepRateSchedule(StrictModel):
@@ -230,7 +229,7 @@ RECIPES: dict[str, Recipe] = {
         frozen_epochs=5,
         frozen_parameters=("cls_token", "pos_embed"),
         drop_path=0.0,
-        pruning=PruningLoss(ratio_per="image"),
+        pruning=PruningLoss(ratio_over="image"),
         ema_decay=0.9999,
         evaluates_ema=True,
     ),
@@ -251,7 +250,7 @@ RECIPES: dict[str, Recipe] = {
         frozen_parameters=("cls_token", "pos_embed"),
         drop_path=0.0,
         repeats=3,
-        pruning=PruningLoss(ratio_per="batch"),
+        pruning=PruningLoss(ratio_over="batch"),
         ema_decay=0.99996,
     ),
     # Tri-Level E-ViT, README for DeiT: 4 GPUs x 512.

@@ -61,9 +61,9 @@ def test_the_papers_with_predictors_hold_the_backbone_back():
         assert recipe.objective == "pruning-distillation" and recipe.pruning is not None
         pruning = recipe.pruning
         assert (pruning.classification_weight, pruning.ratio_weight) == (1.0, 2.0)
-        assert (pruning.logit_weight, pruning.token_weight) == (0.5, 0.5)
+        assert pruning.distillation_weight == 0.5
     assert (dynamicvit.backbone_lr_rule, spvit.backbone_lr_rule) == ("scaled", "capped")
-    assert (dynamicvit.pruning.ratio_per, spvit.pruning.ratio_per) == ("image", "batch")
+    assert (dynamicvit.pruning.ratio_over, spvit.pruning.ratio_over) == ("image", "batch")
     assert (dynamicvit.predictor_decays_all, spvit.predictor_decays_all) == (False, True)
     assert dynamicvit.warmup_prefix and dynamicvit.evaluates_ema and not spvit.evaluates_ema
 
