@@ -42,7 +42,7 @@ from prunefront.training.examples import ExampleSelection
 from prunefront.training.logs import RunLog
 from prunefront.training.objectives import build_objective
 from prunefront.training.optimization import Optimization, held_still, set_drop_path
-from prunefront.training.recipes import Recipe
+from prunefront.training.recipes import Recipe, check_recipe
 from prunefront.training.schedules import ScheduledSites, openness
 
 BEST_NAME = "best.safetensors"
@@ -126,7 +126,7 @@ def train(
         the loss; and where it was validated ``search_top1``, ``search_top5``, ``search_loss`` and ``ema_search_top1``.
 
     Raises:
-        ConfigError: If the recipe cannot be carried out.
+        ConfigError: If the recipe does not fit the method or cannot be carried out.
         CorruptImageError: If an image cannot be decoded and is not to be skipped.
         DatasetError: If the dataset has no train split, does not fit the model, or holds less than one batch.
         ModelError: If the teacher knows other classes.
@@ -142,6 +142,8 @@ def train(
             f"Mixup and cutmix pair the images of a batch, but batch_size={recipe.batch_size} is odd. "
             "Choose an even batch_size, or set mixup=0 and cutmix=0."
         )
+    config = getattr(model, "prune_config", None)
+    check_recipe(recipe, None if config is None else config.method)
     world = World() if world is None else world
     device = torch.device(device)
     data_config = data_config_of(model)
@@ -176,7 +178,7 @@ def train(
     validation = None
     if validates:
         validation = open_split(dataset_id, "search", data_config=data_config, on_corrupt=on_corrupt)
-    with _quiet_random_state(), held_still(model, recipe.frozen_parameters):
+    with _quiet_random_state(device), held_still(model, recipe.frozen_parameters):
         if recipe.drop_path is not None:
             set_drop_path(model, recipe.drop_path)
         run = _Run(
@@ -605,10 +607,11 @@ class _Scheduled(nn.Module):
 
 
 @contextmanager
-def _quiet_random_state() -> Iterator[None]:
+def _quiet_random_state(device: torch.device) -> Iterator[None]:
     """Put the global generators back afterwards: the caller's random numbers are none of our business."""
     state = np.random.get_state()
-    with torch.random.fork_rng():
+    # Not those of every GPU there is: each would be woken up, and in each process.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
