@@ -70,7 +70,7 @@ from latency_tables.schedules import random_configs
 from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
-from prunefront.geometry import ModelGeometry, block_key, geometry_of
+from prunefront.geometry import ModelGeometry, block_key, geometry_of, require_equal_blocks
 from prunefront.schedule import plan_schedule
 
 logger = logging.getLogger(__name__)
@@ -230,6 +230,7 @@ class _Build:
         dense = create_dense(spec)
         self.model = cast(VisionTransformer, cast_modules([dense], TORCH_DTYPES[dtype], device)[0].eval())
         self.geometry: ModelGeometry = geometry_of(self.model)
+        require_equal_blocks(self.geometry, spec.name)
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, self.geometry.in_chans, *self.geometry.img_size)
         self.images = torch.randn(shape, generator=generator).to(device=device, dtype=TORCH_DTYPES[dtype])

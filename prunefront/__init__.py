@@ -16,13 +16,13 @@ from prunefront.registration import register_with_timm
 
 if TYPE_CHECKING:
     from prunefront import official as official
+    from prunefront.checkpoints import load_weights as load_weights
+    from prunefront.checkpoints import save_model as save_model
     from prunefront.compress import compress as compress
     from prunefront.compress import create_dense as create_dense
     from prunefront.compress import create_model as create_model
     from prunefront.compress import is_compressed as is_compressed
     from prunefront.compress import load_model as load_model
-    from prunefront.compress import load_weights as load_weights
-    from prunefront.compress import save_model as save_model
     from prunefront.compress import uncompress as uncompress
     from prunefront.config import ModelSpec as ModelSpec
     from prunefront.config import PruneConfig as PruneConfig
@@ -55,12 +55,12 @@ _HOMES = {
     "list_methods": "prunefront.registry",
     "load_config": "prunefront.config",
     "load_model": "prunefront.compress",
-    "load_weights": "prunefront.compress",
+    "load_weights": "prunefront.checkpoints",
     "macs": "prunefront.macs",
     "macs_detail": "prunefront.macs",
     "official": "prunefront.official",
     "published": "prunefront.published_schedules",
-    "save_model": "prunefront.compress",
+    "save_model": "prunefront.checkpoints",
     "token_counts": "prunefront.schedule",
     "uncompress": "prunefront.compress",
 }

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.layers.attention_pool import AttentionPoolPrr
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -21,8 +22,38 @@ from prunefront.errors import ModelError, UnknownNameError
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageGeometry:
+    """Blocks of one kind on one grid, attending inside windows: a stage of Swin. Counts are per image."""
+
+    depth: int
+    grid: tuple[int, int]
+    window: tuple[int, int]
+    num_heads: int
+    head_dim: int
+    qkv_macs_per_token: int
+    proj_macs_per_token: int
+    mlp_macs_per_token: int
+    downsample_macs: int  # of the patch merging before the first block; 0 where there is none
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_windows(self) -> int:
+        return -(-self.grid[0] // self.window[0]) * -(-self.grid[1] // self.window[1])
+
+    @property
+    def window_area(self) -> int:
+        return self.window[0] * self.window[1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelGeometry:
-    """Sizes of a plain ViT. Token counts are per image; ``*_macs_per_token`` count one token through linear layers."""
+    """Sizes of a plain ViT. Token counts are per image; ``*_macs_per_token`` count one token through linear layers.
+
+    Of a model with ``stages``, token count, widths and heads are those entering its first block.
+    """
 
     embed_dim: int
     depth: int
@@ -50,6 +81,7 @@ class ModelGeometry:
     pool_macs_per_token_pair: int
     has_attention_mask_pool: bool
     block: str  # what makes two blocks cost the same; see block_key
+    stages: tuple[StageGeometry, ...] = ()  # empty where all blocks are alike
 
     @property
     def num_tokens(self) -> int:
@@ -62,17 +94,34 @@ def block_key(geometry: ModelGeometry) -> str:
     return geometry.block
 
 
-def require_supported(model: nn.Module) -> VisionTransformer:
-    """Return ``model`` as the plain ViT it is.
+def require_equal_blocks(geometry: ModelGeometry, name: str) -> None:
+    """Refuse a model whose blocks differ, which one latency table cannot describe.
+
+    Raises:
+        ModelError: With what such a model can be used for.
+    """
+    if geometry.stages:
+        raise ModelError(
+            f"{name} has {len(geometry.stages)} kinds of blocks, but latency tables, and searches that need one, take "
+            "models whose blocks are all alike. Measure its configs as a whole instead, or use a plain ViT."
+        )
+
+
+def require_supported(model: nn.Module) -> nn.Module:
+    """Return ``model``, a plain ViT or Swin.
 
     Raises:
         ModelError: If token reduction does not know its blocks; the text names the offending class.
     """
     name = type(model).__name__
+    if isinstance(model, SwinTransformer):
+        from prunefront.swin_geometry import require_plain_swin
+
+        return cast(nn.Module, require_plain_swin(model))
     if not isinstance(model, VisionTransformer):
         raise ModelError(
             f"{name} is not supported: token reduction needs a timm VisionTransformer "
-            "(ViT, DeiT, DeiT-3, AugReg, MAE, CLIP, DINOv2, SigLIP, ...). See `prunefront models`."
+            "(ViT, DeiT, DeiT-3, AugReg, MAE, CLIP, DINOv2, SigLIP, ...) or SwinTransformer. See `prunefront models`."
         )
     for index, block in enumerate(model.blocks):
         # Exact types: a subclass may change the order of operations that reductions rely on.
@@ -86,16 +135,20 @@ def require_supported(model: nn.Module) -> VisionTransformer:
                 f"{name} has {type(block.attn).__name__} at block {index}; only timm's plain Attention is supported, "
                 "since positions or state inside attention would not follow the kept tokens."
             )
-    return model
+    return cast(nn.Module, model)
 
 
 def geometry_of(model: nn.Module) -> ModelGeometry:
     """Read the geometry off a model.
 
     Raises:
-        ModelError: If the model is not a plain ViT.
+        ModelError: If the model is neither a plain ViT nor a plain Swin.
     """
-    vit = require_supported(model)
+    vit: Any = require_supported(model)
+    if isinstance(model, SwinTransformer):
+        from prunefront.swin_geometry import swin_geometry_of
+
+        return swin_geometry_of(model)
     embed = vit.patch_embed
     grid = (int(embed.grid_size[0]), int(embed.grid_size[1]))
     if not len(vit.blocks):
@@ -196,7 +249,7 @@ def build_timm_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 def spec_of(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
     """The spec that builds ``model`` again, as far as timm recorded it."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
-    vit = require_supported(model)
+    vit = cast(Any, require_supported(model))
     size = vit.patch_embed.img_size
     return ModelSpec(
         name=name,
@@ -295,11 +348,13 @@ def _describe_block(block: Block) -> str:
 
 __all__ = [
     "ModelGeometry",
+    "StageGeometry",
     "UnknownNameError",
     "block_key",
     "build_timm_model",
     "geometry_for",
     "geometry_of",
+    "require_equal_blocks",
     "require_supported",
     "spec_of",
 ]

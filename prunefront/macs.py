@@ -10,7 +10,7 @@ from prunefront.registry import get_method
 from prunefront.schedule import BlockSchedule, TokenSchedule, plan_schedule
 
 # Operators that `macs` adds up: what the field reports. The others are what reductions cost on top.
-MODEL_OPERATORS = ("qkv", "attention", "proj", "mlp", "predictor")
+MODEL_OPERATORS = ("qkv", "attention", "proj", "mlp", "predictor", "downsample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class MacsDetail:
         size_weighted_pool: Averaging tokens by their size; a plain mean costs no product.
         blocks: Per block, operator → MACs. ``qkv``, ``attention``, ``proj`` and ``mlp`` are the model's own;
             ``predictor`` is what learned selection needs and is counted with them; ``class_row`` (scores),
-            ``similarity``, ``merge``, ``fuse`` and ``package`` are products that reductions add.
+            ``similarity``, ``merge``, ``fuse`` and ``package`` are products that reductions add. Swin:
+            ``downsample`` is the patch merging before a stage's first block; see `prunefront.swin_schedule`.
         total: Everything; what torchprofile counts as linear, convolution and matrix products on the built model.
         model: ``total`` without what reductions add; equal to `macs`.
     """
@@ -68,6 +69,12 @@ def macs_detail(config: ConfigSource) -> MacsDetail:
 def macs_of_schedule(schedule: TokenSchedule, geometry: ModelGeometry) -> MacsDetail:
     """`macs_detail` for a schedule whose geometry the caller has."""
     options = dict(schedule.options)
+    if geometry.stages:
+        from prunefront.swin_schedule import stage_macs
+
+        return MacsDetail(
+            stem=geometry.stem_macs, head=geometry.head_macs, blocks=stage_macs(schedule, geometry.stages)
+        )
     blocks = []
     for block in schedule.blocks:
         operators = {
@@ -147,7 +154,7 @@ def _reduction_macs(
         if step.op == "merge_mean" and step.removed:
             add("similarity", step.removed * step.kept * width)
             add("merge", step.removed * step.kept * width)
-    if ranks:
+    if ranks and options.get("attn_ratio", 1.0) == 1.0:  # else the whole attention map is at hand
         add("class_row", block.tokens_in * geometry.num_heads * geometry.head_dim)
     return operators
 

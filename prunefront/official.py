@@ -6,11 +6,9 @@ recomputes a recorded case under the names it was recorded with.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunefront.compress import compress
@@ -18,7 +16,8 @@ from prunefront.config import ModelSpec, PruneConfig
 from prunefront.errors import CheckpointError, ConfigError, PrunefrontError
 from prunefront.geometry import build_timm_model
 from prunefront.methods.base import Aux
-from prunefront.methods.spvit import TokenSelector
+from prunefront.methods.spvit import TokenSelector, shared_heads
+from prunefront.official_swin import swin_from_official
 from prunefront.published_schedules import (
     DYNAMICVIT_RATE,
     EVIT_LOCATIONS,
@@ -39,9 +38,6 @@ _DIFFRATE_PROXIES = (".prune_ddp.", ".merge_ddp.")
 # Names under which repositories and cases give the backbone's layer-norm epsilon.
 _NORM_EPS = ("layernorm_eps", "layernorm_eps_blocks", "norm_eps")
 
-# SPViT: in_conv.K.… and out_conv.K.… of head K.
-_HEAD_COPY = re.compile(r"(?P<part>\b(?:in|out)_conv)\.\d+\.(?=\d+\.)")
-
 
 def from_official(
     method: str,
@@ -55,7 +51,7 @@ def from_official(
         method: "evit", "ppt", "tome", "diffrate", "dynamicvit", "spvit" or "trilevel"; "lvvit" for the dense backbone.
         model: Architecture: ``img_size`` (int or [H, W]), ``patch_size``, ``embed_dim``, ``depth``, ``num_heads``,
             ``mlp_ratio``, ``qkv_bias``, ``num_classes``, ``in_chans``, ``distilled``, ``layernorm_eps``; with ``arch``
-            "lvvit" also ``skip_lam`` and ``stem_width``.
+            "lvvit" also ``skip_lam`` and ``stem_width``; with ``depths`` a Swin, which has ``window_size`` too.
         hparams: The method's hyper-parameters under its repository's names; may be empty.
         weights: State dict under the repository's names.
 
@@ -65,6 +61,10 @@ def from_official(
     """
     if method != "lvvit":
         get_method(method)
+    if "depths" in model:
+        if method != "trilevel":
+            raise ConfigError(f"Swin was pruned by trilevel alone, but got {method!r}. Use another architecture.")
+        return swin_from_official(model, hparams, weights)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
@@ -106,20 +106,6 @@ def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"The weights do not fit the architecture given: they {' and '.join(problems)}. "
             "Check method and architecture."
         )
-
-
-def shared_heads(state: Mapping[str, Tensor], selectors: Sequence[TokenSelector]) -> dict[str, Tensor]:
-    """SPViT's state with the scorer that all heads share stored once, as `TokenSelector` has it.
-
-    Checkpoints repeat it for every head. Where the copies differ, each head keeps its own and the selectors are told.
-    """
-    copies = [name for name in state if _HEAD_COPY.search(name)]
-    first = {name: _HEAD_COPY.sub(r"\g<part>.0.", name) for name in copies}
-    if all(torch.equal(state[name], state[first[name]]) for name in copies):
-        return {name: tensor for name, tensor in state.items() if name not in first or first[name] == name}
-    for selector in selectors:
-        selector.separate_heads()
-    return dict(state)
 
 
 def official_sites(method: str, hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

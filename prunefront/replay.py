@@ -17,7 +17,8 @@ from prunefront.backbones.lvvit import LVViT
 from prunefront.errors import ConfigError
 from prunefront.methods.base import Aux, Masking, SiteRecord
 from prunefront.methods.dynamicvit import TokenPredictor
-from prunefront.methods.spvit import TokenSelector
+from prunefront.methods.spvit import TokenSelector, shared_heads
+from prunefront.official_swin import replay_swin
 from prunefront.ops.attention import masked_softmax
 from prunefront.ops.tokens import Tokens, with_prefix
 
@@ -67,6 +68,8 @@ def _built(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _eval_forward(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "depths" in case["model"]:
+        return replay_swin(case, tensors)
     method = str(case["method"])
     model = _built(case, tensors)
     images = recorded_input(case, tensors)
@@ -405,8 +408,6 @@ def _masked_block(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
 
 
 def _predictor(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    from prunefront.official import shared_heads
-
     x, policy = tensors["x"], tensors["policy"].squeeze(-1)
     state = {name: value.float() for name, value in _weights(tensors).items()}
     module: TokenSelector | TokenPredictor

@@ -123,6 +123,29 @@ def plan_blocks(
     return tuple(blocks)
 
 
+def plan_model(
+    method: Method, options: dict[str, Any], sites: Sequence[Site], geometry: ModelGeometry
+) -> tuple[BlockSchedule, ...]:
+    """`plan_blocks`, or for a model with stages `prunefront.swin_schedule.plan_stages`.
+
+    Raises:
+        ConfigError: If a site names a block the model does not have.
+    """
+    if geometry.stages:
+        from prunefront.swin_schedule import plan_stages
+
+        stages = [(stage.depth, stage.num_tokens) for stage in geometry.stages]
+        return plan_stages(options, sites, stages)
+    return plan_blocks(
+        method,
+        options,
+        sites,
+        depth=geometry.depth,
+        num_patch_tokens=geometry.num_patch_tokens,
+        num_prefix_tokens=geometry.num_prefix_tokens,
+    )
+
+
 def plan_schedule(config: PruneConfig, geometry: ModelGeometry | None = None) -> TokenSchedule:
     """The token schedule of a config at its model's own image size.
 
@@ -138,20 +161,16 @@ def plan_schedule(config: PruneConfig, geometry: ModelGeometry | None = None) ->
         geometry = _geometry(config.model)
     method = get_method(config.method)
     method.check_geometry(geometry, config.sites)
-    blocks = plan_blocks(
-        method,
-        config.options,
-        config.sites,
-        depth=geometry.depth,
-        num_patch_tokens=geometry.num_patch_tokens,
-        num_prefix_tokens=geometry.num_prefix_tokens,
-    )
+    blocks = plan_model(method, config.options, config.sites, geometry)
+    steps = [step for block in blocks for step in block.steps]
+    # Masks of a Swin in official form may revive tokens, so each image has counts of its own.
+    revives = bool(geometry.stages and steps) and config.options.get("tie") == "official"
     return TokenSchedule(
         method=config.method,
         options=tuple(sorted(config.options.items())),
         num_prefix_tokens=geometry.num_prefix_tokens,
         blocks=blocks,
-        is_static=method.is_static(config.options, [step for block in blocks for step in block.steps]),
+        is_static=method.is_static(config.options, steps) and not revives,
     )
 
 

@@ -26,7 +26,7 @@ from prunefront.errors import (
     PrunefrontError,
     UnknownNameError,
 )
-from prunefront.geometry import ModelGeometry, geometry_for
+from prunefront.geometry import ModelGeometry, geometry_for, require_equal_blocks
 from prunefront.registry import get_method
 from prunefront.schedule import plan_schedule
 from prunefront.training.data import check_dataset, dataset_info
@@ -70,6 +70,7 @@ def check_job(job: SearchJob | TableJob | MeasureJob, store: Store, settings: Se
         return
     with naming_field("/model"):
         geometry = check_model(_spec_of(job))
+        require_equal_blocks(geometry, job.model.name)
     if job.model.checkpoint is not None:
         with naming_field("/model/checkpoint"):
             _check_checkpoint(job.model.checkpoint, _spec_of(job), settings)

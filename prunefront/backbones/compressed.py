@@ -69,7 +69,7 @@ class Compressed:
         method = self._method
         sites: Sequence[Site] = self.prune_config.sites
         if schedule is not None:
-            sites = sorted((_parse_site(site) for site in schedule), key=lambda site: site.block)
+            sites = parse_sites(schedule)
             method.check_sites(sites)
             if hasattr(self, "score_predictor"):
                 self._check_predictors(sites)
@@ -197,6 +197,15 @@ def compressed_class(mixin: type, base: type) -> type:
 
 def _new_compressed(mixin: type, base: type) -> Any:
     return object.__new__(compressed_class(mixin, base))
+
+
+def parse_sites(schedule: ScheduleLike) -> list[Site]:
+    """The sites of a schedule given to one call, in order of blocks.
+
+    Raises:
+        ConfigError: If one of them cannot be used.
+    """
+    return sorted((_parse_site(site) for site in schedule), key=lambda site: site.block)
 
 
 def _parse_site(site: Site | Mapping[str, Any]) -> Site:

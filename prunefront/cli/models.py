@@ -9,8 +9,8 @@ import typer
 from prunefront.cli.options import AsJson
 from prunefront.cli.output import note, print_fields, print_json
 
-# timm's modules of plain Vision Transformers, and ours.
-MODULES = ("vision_transformer", "deit", "digit_vit")
+# timm's modules of plain Vision Transformers and Swin, and ours.
+MODULES = ("vision_transformer", "deit", "swin_transformer", "digit_vit")
 
 
 def models(
@@ -60,7 +60,8 @@ def models(
     if not found:
         if timm.is_model(pattern):
             raise ModelError(
-                f"{pattern} is not a plain Vision Transformer; methods work on the models of timm's vision_transformer."
+                f"{pattern} is not a plain Vision Transformer or Swin; methods work on the models of timm's "
+                "vision_transformer and swin_transformer."
             )
         raise UnknownNameError.of("model", pattern, names, hint="prunefront models lists all.")
     if as_json:

@@ -440,21 +440,18 @@ def _models(
     """The model to train and its teacher."""
     import torch
 
-    from prunefront.compress import compress, create_dense, load_weights, read_state_dict
+    from prunefront.checkpoints import load_weights
+    from prunefront.compress import compress, create_dense
     from prunefront.schedule import plan_schedule
     from prunefront.training.objectives import build_objective
-    from prunefront.training.optimization import PREDICTOR_PREFIX
     from prunefront.training.outcome import without_accuracy
 
     plan_schedule(config)  # what cannot work is refused before weights are downloaded
     torch.manual_seed(seed)  # of random weights: the same on every process and on a resume
-    learned = isinstance(start, Path) and any(name.startswith(PREDICTOR_PREFIX) for name in read_state_dict(start))
-    dense = create_dense(
-        config.model, pretrained=start is True, checkpoint=start if isinstance(start, Path) and not learned else None
-    )
+    dense = create_dense(config.model, pretrained=start is True)
     model = compress(dense, without_accuracy(config))
-    if learned and isinstance(start, Path):
-        load_weights(model, start)
+    if isinstance(start, Path):
+        load_weights(model, start)  # the dense model shares them
     if build_objective(recipe, model).needs_teacher:
         return model, _teacher(dense, config.model, start is not False, teacher, teacher_checkpoint)
     if teacher is not None or teacher_checkpoint is not None:

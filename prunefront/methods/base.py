@@ -156,6 +156,7 @@ class Method(ABC):
     masks_in_training: ClassVar[bool] = False  # nothing is removed while the model trains
     needs_training: ClassVar[bool] = False  # of little use off the shelf: learned parts, or made for training
     resizes_position_embedding: ClassVar[bool] = False
+    runs_on_stages: ClassVar[bool] = False  # models of several stages with windowed attention (Swin)
     options_model: ClassVar[type[MethodOptions]] = MethodOptions
 
     @property
@@ -212,6 +213,13 @@ class Method(ABC):
         Raises:
             ModelError: With the reason and what works instead.
         """
+        if geometry.stages:
+            if sites and not self.runs_on_stages:
+                raise ModelError(
+                    f"Method {self.name!r} does not run on Swin, whose blocks attend inside windows of a grid that has "
+                    "to stay whole between stages. Use trilevel, or a plain ViT."
+                )
+            return
         ranking = sorted({site.op for site in sites if site.op in self.ranking_ops})
         if ranking and not geometry.has_class_token:
             raise ModelError(

@@ -8,6 +8,7 @@ and stay. Evaluation decides without noise and really removes tokens, unlike the
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from prunefront.schedule import Step
 
 _LEAST_WEIGHT = 1e-6
+
+# SPViT: in_conv.K.… and out_conv.K.… of head K.
+_HEAD_COPY = re.compile(r"(?P<part>\b(?:in|out)_conv)\.\d+\.(?=\d+\.)")
 
 
 class SPViTOptions(MethodOptions):
@@ -94,6 +98,20 @@ class TokenSelector(nn.Module):
         # All weights can underflow on extreme packages; 0 / 0 is a NaN in the official code.
         share = (weight / weight.sum(dim=-1, keepdim=True).clamp(min=_LEAST_WEIGHT)).transpose(1, 2).unsqueeze(-1)
         return (share * z.log_softmax(dim=-1)).sum(dim=1), (share * z.softmax(dim=-1)).sum(dim=1)
+
+
+def shared_heads(state: Mapping[str, Tensor], selectors: Sequence[TokenSelector]) -> dict[str, Tensor]:
+    """SPViT's state with the scorer that all heads share stored once, as `TokenSelector` has it.
+
+    Checkpoints repeat it for every head. Where the copies differ, each head keeps its own and the selectors are told.
+    """
+    copies = [name for name in state if _HEAD_COPY.search(name)]
+    first = {name: _HEAD_COPY.sub(r"\g<part>.0.", name) for name in copies}
+    if all(torch.equal(state[name], state[first[name]]) for name in copies):
+        return {name: tensor for name, tensor in state.items() if name not in first or first[name] == name}
+    for selector in selectors:
+        selector.separate_heads()
+    return dict(state)
 
 
 class SPViT(SelectingMethod):

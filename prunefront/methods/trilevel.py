@@ -46,6 +46,7 @@ class TriLevel(Method):
     ranking_ops = dropping_ops
     acts_when_nothing_is_removed = True  # a site builds a mask in any case
     needs_training = True
+    runs_on_stages = True
     options_model = TriLevelOptions
 
     def attention_bias(self, tokens: Tokens, call: Call) -> Tensor | None:

@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from prunefront.compress import is_compressed, save_model
+from prunefront.checkpoints import save_model
+from prunefront.compress import is_compressed
 from prunefront.errors import CheckpointError
 from prunefront.files import write_atomic
 

@@ -12,10 +12,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from prunefront.checkpoints import PREDICTORS
 from prunefront.errors import ConfigError
 from prunefront.training.recipes import Recipe
-
-PREDICTOR_PREFIX = "score_predictor."
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -34,7 +33,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_predictor = name.startswith(PREDICTOR_PREFIX)
+        is_predictor = name.startswith(f"{PREDICTORS}.")
         is_exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay_names
         decays = not is_exempt or (is_predictor and recipe.predictor_decays_all)
         groups.setdefault((is_predictor, decays), []).append(parameter)

@@ -19,6 +19,7 @@ from prunefront.training.data import SplitDataset, evaluation_batches, open_spli
 from prunefront.training.evaluate import evaluate
 from tests.integration.training.image_folders import write_images
 from tests.unit.training.models import DATA_CONFIG, BrightnessModel
+from workers.images import open_images
 
 # The test split has 5, 3 and 2 images; these are number 1 and 6 of it.
 BROKEN = ("class_0/1.png", "class_1/1.png")
@@ -141,6 +142,11 @@ def test_a_training_batch_without_any_image_is_refused(grey, tmp_path):
 
     with pytest.raises(CorruptImageError, match="needs an image, but none of its 4 can be decoded"):
         next(iter(training_batches(split, batch_size=4, seed=0, epoch=0)))
+
+
+def test_jobs_refuse_corrupt_images(grey):
+    with pytest.raises(CorruptImageError, match=r"class_0/1\.png"):
+        open_images(grey, "test", DATA_CONFIG)
 
 
 def test_an_unknown_choice_is_refused(grey):

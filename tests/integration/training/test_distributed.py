@@ -86,6 +86,7 @@ from pathlib import Path
 from prunefront.training.distributed import joined
 from prunefront.training.errors import StoppedError
 from prunefront.training.examples import ExampleOptions
+from prunefront.training.loop import train
 from tests.integration.training.test_distributed import RECIPE, DATASET
 from tests.integration.training.test_finetune import student
 from tests.unit.training.models import tiny_vit

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prunefront.config import ModelSpec, PruneConfig
+from prunefront.schedule import token_counts
 
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 
@@ -37,6 +38,15 @@ def config(method: str, sites: list[dict[str, Any]], spec: ModelSpec | None = No
     )
 
 
+def static_schedules() -> dict[str, PruneConfig]:
+    """Those of `schedules` under which every image keeps the same counts."""
+    return {name: config for name, config in schedules().items() if token_counts(config).is_static}
+
+
+def _selections() -> list[dict[str, Any]]:
+    return [{"block": b, "op": "select", "cumulative_keep_ratio": r} for b, r in ((1, 0.7), (3, 0.4))]
+
+
 def schedules() -> dict[str, PruneConfig]:
     """One config per method and operation on the small model (36 patches, 4 blocks)."""
     return {
@@ -55,6 +65,14 @@ def schedules() -> dict[str, PruneConfig]:
                 {"block": 2, "op": "merge_mean", "tokens": 12},
                 {"block": 3, "op": "prune", "tokens": 4},
             ],
+        ),
+        "dynamicvit": config("dynamicvit", _selections()),
+        "spvit-fixed": config("spvit", _selections(), mode="fixed"),
+        "spvit-adaptive": config("spvit", _selections()),
+        "spvit-bucketed": config("spvit", _selections(), mode="bucketed", bucket=4, package_norm="mean"),
+        "trilevel": config("trilevel", [{"block": b, "op": "prune", "keep_ratio": 0.7} for b in (1, 2)]),
+        "trilevel-attention": config(
+            "trilevel", [{"block": b, "op": "prune", "keep_ratio": 0.7} for b in (1, 2)], attn_ratio=0.4
         ),
         "hybrid": config(
             "hybrid",

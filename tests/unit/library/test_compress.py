@@ -37,6 +37,7 @@ FAMILIES: dict[str, ModelSpec] = {
     "odd-size": models.small_spec(img_size=40),
     "dynamic-size": models.small_spec(dynamic_img_size=True),
     "max-pool": models.small_spec(global_pool="max"),
+    "lvvit": models.small_spec("lvvit_s", stem_width=8),
     "avgmax-pool": models.small_spec(global_pool="avgmax"),
 }
 
@@ -82,7 +83,7 @@ def test_every_family_runs_reduced_and_trains(family: str) -> None:
     assert all(p.grad is not None for name, p in compressed.named_parameters() if "blocks" in name)
 
 
-@pytest.mark.parametrize("name", models.schedules())
+@pytest.mark.parametrize("name", models.static_schedules())
 def test_sizes_and_origins_account_for_every_token(name: str) -> None:
     config = models.schedules()[name]
     model = prunefront.compress(models.build(config.model), config)
@@ -217,7 +218,7 @@ def test_compressing_again_replaces_the_schedule() -> None:
     torch.testing.assert_close(again(images), prunefront.compress(model, second)(images))
 
 
-@pytest.mark.parametrize("name", ["evit-fuse", "ppt-mixed", "tome", "diffrate", "hybrid"])
+@pytest.mark.parametrize("name", ["evit-fuse", "ppt-mixed", "tome", "diffrate", "hybrid", "trilevel-attention"])
 def test_what_timm_offers_keeps_working(name: str) -> None:
     config = models.schedules()[name]
     model, images = models.build(config.model), _images(config.model)
@@ -283,7 +284,7 @@ def test_half_precision_models_keep_their_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", models.schedules())
+@pytest.mark.parametrize("name", models.static_schedules())
 def test_whole_graph_compilation_gives_the_same_logits(name: str) -> None:
     config = models.schedules()[name]
     model, images = prunefront.compress(models.build(config.model), config), _images(config.model)

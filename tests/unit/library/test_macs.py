@@ -85,6 +85,51 @@ def test_diffrate_macs_and_counts_equal_the_recorded_ones(row: dict[str, Any]) -
     assert prunefront.macs(published[f"diffrate-{row['target']}G"]) == row["macs_matmul"]
 
 
+PREDICTOR_MODELS = {
+    "deit-t": ModelSpec(name="deit_tiny_patch16_224"),
+    "deit-256": ModelSpec(name="deit_tiny_patch16_224", kwargs={"embed_dim": 256, "num_heads": 4}),
+    "deit-s": ModelSpec(name="deit_small_patch16_224"),
+    "deit-b": ModelSpec(name="deit_base_patch16_224"),
+    "lvvit-s": ModelSpec(name="lvvit_s"),
+    "lvvit-m": ModelSpec(name="lvvit_m"),
+}
+PREDICTOR_ROWS = json.loads((Path(__file__).parents[2] / "data" / "macs_predictor_methods.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "row", PREDICTOR_ROWS["dynamicvit"], ids=lambda row: f"{row['model']}-{row['base_rate'] or 'dense'}"
+)
+def test_dynamicvit_macs_and_counts_equal_the_recorded_ones(row: dict[str, Any]) -> None:
+    if row["base_rate"] is None:
+        assert prunefront.macs(_config("hybrid", PREDICTOR_MODELS[row["model"]], [])) == row["conv_linear_matmul_macs"]
+        return
+    sites = [
+        {"block": block, "op": "select", "cumulative_keep_ratio": row["base_rate"] ** (stage + 1)}
+        for stage, block in enumerate(row["pruning_loc"])
+    ]
+    config = _config("dynamicvit", PREDICTOR_MODELS[row["model"]], sites)
+    schedule = prunefront.token_counts(config)
+    assert [step.kept for block in schedule.blocks for step in block.steps] == row["kept_patch_tokens"]
+    assert prunefront.macs(config) == row["conv_linear_matmul_macs"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    PREDICTOR_ROWS["spvit_if_tokens_are_really_removed"]["rows"],
+    ids=lambda row: f"{row['model']}-{row['keep_targets'][0]}",
+)
+def test_spvit_macs_equal_the_recorded_ones(row: dict[str, Any]) -> None:
+    spec = PREDICTOR_MODELS[row["model"]]
+    locations = prunefront.published_schedules.selection_locations(prunefront.geometry.geometry_for(spec).depth)
+    sites = [
+        {"block": block, "op": "select", "cumulative_keep_ratio": target}
+        for block, target in zip(locations, row["keep_targets"], strict=True)
+    ]
+    config = _config("spvit", spec, sites)
+    assert not prunefront.token_counts(config).is_static
+    assert prunefront.macs(config) == row[next(name for name in row if name.endswith("macs"))]
+
+
 def _profiled(model: torch.nn.Module, spec: ModelSpec) -> int:
     """torchprofile's linear, convolution, matmul and attention counts of one image."""
     size = spec.img_size if isinstance(spec.img_size, tuple) else (spec.img_size or 224,) * 2
@@ -95,7 +140,7 @@ def _profiled(model: torch.nn.Module, spec: ModelSpec) -> int:
     return sum(count for node, count in nodes.items() if any(name in node.operator for name in counted))
 
 
-@pytest.mark.parametrize("name", models.schedules())
+@pytest.mark.parametrize("name", models.static_schedules())
 def test_torchprofile_on_the_built_model_equals_the_detail(name: str) -> None:
     config = models.schedules()[name]
     model = prunefront.compress(models.build(config.model), config)
@@ -112,8 +157,9 @@ def test_torchprofile_on_the_built_model_equals_the_detail(name: str) -> None:
         models.small_spec(img_size=(32, 64)),
         models.small_spec("vit_base_patch14_reg4_dinov2", mlp_ratio=2, num_classes=5),
         models.small_spec("vit_giant_patch14_dinov2", mlp_ratio=2, num_classes=5),
+        models.small_spec("lvvit_s", stem_width=8),
     ],
-    ids=["distilled", "gap", "map", "registers", "non-square", "dinov2", "swiglu"],
+    ids=["distilled", "gap", "map", "registers", "non-square", "dinov2", "swiglu", "lvvit"],
 )
 def test_torchprofile_equals_the_detail_on_other_families(spec: ModelSpec) -> None:
     sites = [{"block": b, "op": "merge", "remove": 5} for b in (0, 2)]
