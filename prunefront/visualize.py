@@ -41,6 +41,7 @@ GAP_PX = 10
 FONT_PX = 14
 LINE_PX = 18
 CAPTION_LINES = 3
+CAPTION_PX = CAPTION_LINES * LINE_PX + 4
 _GOLDEN = 0.6180339887498949  # turns of the colour wheel between neighbouring groups: close numbers, distant colours
 _TINTS = ((255, 140, 0), (214, 39, 200), (0, 170, 220), (120, 200, 40))
 _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (100, 100, 100)
@@ -88,12 +89,12 @@ def draw_site(picture: Image.Image, site: SiteMap) -> Image.Image:
     pixels[merged] = _group_means(pixels, groups)[groups[merged]]
     edge = _edges(groups, max(1, pixels.shape[1] // site.states.shape[1] // 10))
     outline = edge & merged
-    pixels[outline] = _outline_colours(int(groups.max()) + 1)[groups[outline]]
+    tokens, number = np.unique(groups[merged], return_inverse=True)
+    pixels[outline] = _outline_colours(len(tokens))[number[edge[merged]]]
 
-    fused_tokens = np.unique(groups[states == PatchState.FUSED])
-    for number, token in enumerate(fused_tokens):
-        inside = (groups == token) & (states == PatchState.FUSED)
-        tint = np.array(_TINTS[number % len(_TINTS)], dtype=np.float64)
+    for rank, token in enumerate(np.unique(groups[states == PatchState.FUSED])):
+        inside = groups == token
+        tint = np.array(_TINTS[rank % len(_TINTS)], dtype=np.float64)
         pixels[inside] = pixels[inside] * (1 - TINT) + tint * TINT
         pixels[inside & edge] = tint
     return Image.fromarray(pixels.round().astype(np.uint8))
@@ -114,7 +115,7 @@ def draw_image(picture: Image.Image, sites: Sequence[SiteMap], title: str, subti
     tiles += [(draw_site(large, site), _caption(site)) for site in sites]
     columns = min(len(tiles), TILES_PER_ROW)
     rows = -(-len(tiles) // columns)
-    width, height = large.width + GAP_PX, large.height + GAP_PX + CAPTION_LINES * LINE_PX
+    width, height = large.width + GAP_PX, large.height + GAP_PX + CAPTION_PX
     sheet = Image.new("RGB", (columns * width + GAP_PX, rows * height + GAP_PX), _PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_PX)
     for number, (tile, lines) in enumerate(tiles):
@@ -123,7 +124,7 @@ def draw_image(picture: Image.Image, sites: Sequence[SiteMap], title: str, subti
         for line, text in enumerate(lines):
             ink = _FAINT if line else _INK
             pen.text((left, top + line * LINE_PX), _fitting(text, large.width, font), fill=ink, font=font)
-        sheet.paste(tile, (left, top + CAPTION_LINES * LINE_PX))
+        sheet.paste(tile, (left, top + CAPTION_PX))
     return sheet
 
 

@@ -26,6 +26,7 @@ from prunefront.cli import (
     search,
     serve,
     table,
+    visualize,
 )
 from prunefront.cli import config as config_command
 from prunefront.cli.output import JobFailedError, note, print_error
@@ -78,6 +79,7 @@ app.add_typer(config_command.app, name="config", rich_help_panel=_FIND)
 app.add_typer(table.app, name="table", rich_help_panel=_LATENCY)
 app.command("measure", rich_help_panel=_LATENCY)(measure.measure)
 app.command("eval", rich_help_panel=_LATENCY)(eval.evaluate)
+app.command("visualize", rich_help_panel=_LATENCY)(visualize.visualize)
 app.command("methods", rich_help_panel=_KNOWN)(methods.methods)
 app.command("models", rich_help_panel=_KNOWN)(models.models)
 app.command("devices", rich_help_panel=_KNOWN)(devices.devices)
