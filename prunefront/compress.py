@@ -20,9 +20,9 @@ from torch import nn
 
 from prunefront.backbones.compressed import Compressed, compressed_class
 from prunefront.backbones.eva import CompressedEva
-from prunefront.backbones.lvvit import CompressedLVViT, LVViT
+from prunefront.backbones.lvvit import LVViT
 from prunefront.backbones.swin import CompressedSwinTransformer
-from prunefront.backbones.vit import CompressedVisionTransformer
+from prunefront.backbones.vit import CompressedLVViT, CompressedVisionTransformer
 from prunefront.checkpoints import PREDICTORS, load_weights, read_saved_config
 from prunefront.config import ConfigSource, ModelSpec, PruneConfig, load_config
 from prunefront.errors import CheckpointError, ModelError

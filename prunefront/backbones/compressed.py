@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, cast, overload
 
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from prunefront.backbones.heads import Heads
 from prunefront.blocks import Blocks
 from prunefront.config import PruneConfig, Site, describe_validation_error
 from prunefront.errors import ConfigError, ModelError
@@ -22,15 +22,6 @@ from prunefront.schedule import BlockSchedule, plan_blocks
 ScheduleLike = Sequence[Site | Mapping[str, Any]]
 
 TRAINING_EPS = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heads:
-    """What a backbone's heads say: ``logits`` (B, classes), and their parts where there are several (see `Aux`)."""
-
-    logits: Tensor
-    class_logits: Tensor | None = None
-    token_logits: Tensor | None = None
 
 
 def gumbel_noise(stage: int, scores: Tensor) -> Tensor:

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from prunefront.backbones.compressed import Heads
-from prunefront.backbones.vit import CompressedVisionTransformer
+from prunefront.backbones.heads import Heads
 from prunefront.errors import ModelError
-from prunefront.ops.tokens import Tokens
 
 STEM_STRIDE = 2
 AUX_WEIGHT = 0.5  # of the best patch's vote beside the class token's
@@ -160,22 +158,6 @@ class LVViT(VisionTransformer):  # type: ignore[misc]
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, classes) of normalised tokens (B, N, C), or the class token's features."""
         return x[:, 0] if pre_logits else self.classify(x).logits
-
-
-class CompressedLVViT(CompressedVisionTransformer):
-    """LV-ViT under a token schedule: only patches that are still there vote."""
-
-    needs_places = True
-
-    def _heads(self, tokens: Tokens) -> Heads:
-        assert tokens.places is not None
-        last = tokens.x.shape[1] - tokens.num_packages
-        is_patch = tokens.places[:, tokens.num_prefix : last] >= 0
-        if tokens.present is not None:
-            is_patch = is_patch & tokens.present[:, tokens.num_prefix : last]
-        if tokens.decision is not None:
-            is_patch = is_patch & (tokens.decision > 0.5)
-        return cast(LVViT, self).classify(tokens.x, is_patch, tokens.num_packages)
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:

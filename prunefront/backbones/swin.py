@@ -24,7 +24,8 @@ from timm.models.swin_transformer import SwinTransformer, window_partition
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunefront.backbones.compressed import Compressed, Heads, ScheduleLike, parse_sites
+from prunefront.backbones.compressed import Compressed, ScheduleLike, parse_sites
+from prunefront.backbones.heads import Heads
 from prunefront.errors import ConfigError, InputError
 from prunefront.methods.base import Masking, Recorder, SiteRecord
 from prunefront.ops.attention import masked_softmax

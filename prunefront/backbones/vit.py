@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunefront import geometry
-from prunefront.backbones.compressed import Compressed, Heads
+from prunefront.backbones.compressed import Compressed
+from prunefront.backbones.heads import Heads
+from prunefront.backbones.lvvit import LVViT
 from prunefront.blocks import Blocks, ViTBlocks
 from prunefront.errors import InputError, ModelError
 from prunefront.ops.attention import log_size_bias
@@ -122,3 +124,19 @@ class CompressedVisionTransformer(Compressed):
         if size is None or hasattr(vit, "head_dist"):
             return Heads(logits=vit.forward_head(x))
         return Heads(logits=vit.head(vit.head_drop(vit.fc_norm(self.pool_tokens(x, size)))))
+
+
+class CompressedLVViT(CompressedVisionTransformer):
+    """LV-ViT under a token schedule: only patches that are still there vote."""
+
+    needs_places = True
+
+    def _heads(self, tokens: Tokens) -> Heads:
+        assert tokens.places is not None
+        last = tokens.x.shape[1] - tokens.num_packages
+        is_patch = tokens.places[:, tokens.num_prefix : last] >= 0
+        if tokens.present is not None:
+            is_patch = is_patch & tokens.present[:, tokens.num_prefix : last]
+        if tokens.decision is not None:
+            is_patch = is_patch & (tokens.decision > 0.5)
+        return cast(LVViT, self).classify(tokens.x, is_patch, tokens.num_packages)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from prunefront.errors import ConfigError, DatasetError
 from prunefront.training.data import SplitDataset, check_classes, evaluation_batches
+from prunefront.training.distributed import World
 from prunefront.training.errors import StoppedError
 
 DType = Literal["fp32", "bf16", "fp16"]
@@ -61,6 +62,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     dtype: DType = "fp32",
     num_workers: int = 0,
+    world: World | None = None,
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Evaluation:
@@ -73,8 +75,10 @@ def evaluate(
         device: Torch device.
         dtype: ``fp32``, or autocast to ``bf16`` or ``fp16``.
         num_workers: Processes that load images.
-        progress: Called with (images done, all images, text) after each batch.
-        should_stop: Asked before each batch.
+        world: The processes that share the work, each with its own copy of the model; every image is counted once, and
+            each process gets the whole result.
+        progress: Called with (images done, all images, text) after each batch, of this process.
+        should_stop: Asked before each batch; not with several processes, since some have one batch more than others.
 
     Raises:
         CorruptImageError: If an image cannot be decoded and the split was opened to refuse such.
@@ -82,6 +86,7 @@ def evaluate(
         StoppedError: If ``should_stop`` said so.
     """
     device = torch.device(device)
+    world = World() if world is None else world
     was_training = model.training
     model.to(device).eval()
     total = None if dataset.is_streamed else len(dataset)
@@ -90,8 +95,10 @@ def evaluate(
     top5_hits, loss_sum, done = 0, 0.0, 0
     try:
         with torch.inference_mode(), autocast(device, dtype):
-            for images, labels, places in evaluation_batches(dataset, batch_size, num_workers, with_index=True):
-                if should_stop is not None and should_stop():
+            for images, labels, places in evaluation_batches(
+                dataset, batch_size, num_workers, rank=world.rank, world_size=world.size, with_index=True
+            ):
+                if should_stop is not None and world.size == 1 and should_stop():
                     raise StoppedError(f"Evaluation was stopped after {done} images.")
                 logits = model(images.to(device, non_blocking=True)).float()
                 labels = labels.to(device)
@@ -106,16 +113,17 @@ def evaluate(
                 loss_sum += float(functional.cross_entropy(logits, labels, reduction="none").double().sum())
                 done += len(labels)
                 if progress is not None:
-                    progress(done, total or done, f"{done} images evaluated")
+                    progress(done * world.size, total or done * world.size, f"{done * world.size} images evaluated")
     finally:
         model.train(was_training)
+    done, top5_hits, loss_sum = _of_all(world, done, top5_hits, loss_sum)
     if done == 0:
         skipped = dataset.describe_skipped()
         raise DatasetError(
             f"The split {dataset.split!r} of {dataset.dataset_id!r} gave no images{f': {skipped}' if skipped else '.'} "
             "Check its files."
         )
-    flags = np.concatenate(correct)
+    flags, places_seen = _in_order(world, correct, indices)
     num_skipped = 0 if total is None else total - done
     if num_skipped:
         _log.warning("images skipped", extra={"action": "evaluate", "detail": dataset.describe_skipped()})
@@ -126,8 +134,27 @@ def evaluate(
         top5=top5_hits / done,
         loss=loss_sum / done,
         correct=flags,
-        indices=np.concatenate(indices),
+        indices=places_seen,
     )
+
+
+def _of_all(world: World, done: int, top5_hits: int, loss_sum: float) -> tuple[int, int, float]:
+    images, hits, loss = world.total([done, top5_hits, loss_sum])
+    return int(images), int(hits), loss
+
+
+def _in_order(
+    world: World, correct: list[NDArray[np.bool_]], indices: list[NDArray[np.int64]]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Results and images of all processes, in the order of the split."""
+    if world.size == 1:
+        return np.concatenate(correct), np.concatenate(indices)
+    own = np.zeros((0, 2), dtype=np.int64)
+    if indices:
+        own = np.stack((np.concatenate(indices), np.concatenate(correct).astype(np.int64)), axis=1)
+    rows = world.gathered(torch.from_numpy(own)).numpy()
+    rows = rows[np.argsort(rows[:, 0])]
+    return rows[:, 1].astype(np.bool_), rows[:, 0]
 
 
 def autocast(device: torch.device, dtype: DType) -> contextlib.AbstractContextManager[object]:
