@@ -27,6 +27,7 @@ from prunefront.cli import (
     serve,
     table,
     train,
+    visualize,
 )
 from prunefront.cli import config as config_command
 from prunefront.cli.output import JobFailedError, note, print_error
@@ -80,6 +81,7 @@ app.add_typer(table.app, name="table", rich_help_panel=_LATENCY)
 app.command("measure", rich_help_panel=_LATENCY)(measure.measure)
 app.command("eval", rich_help_panel=_LATENCY)(eval.evaluate)
 app.command("train", rich_help_panel=_FIND, context_settings=train.CONTEXT_SETTINGS)(train.train)
+app.command("visualize", rich_help_panel=_LATENCY)(visualize.visualize)
 app.command("methods", rich_help_panel=_KNOWN)(methods.methods)
 app.command("models", rich_help_panel=_KNOWN)(models.models)
 app.command("devices", rich_help_panel=_KNOWN)(devices.devices)

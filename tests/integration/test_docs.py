@@ -69,3 +69,16 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile(block, "README.md", "exec"), names)
 
     assert names["model"].prune_config == names["config"]
+
+
+def test_fields_that_the_migration_page_sets_are_the_recipes() -> None:
+    from prunefront.training.recipes import RECIPES, _fields
+
+    page = (ROOT / "docs" / "migration.md").read_text()
+    code = [span for span in re.findall(r"`([^`]+)`", page) if "--set " in span or re.fullmatch(r"[a-z_.]+=", span)]
+    named = {name for span in code for name in re.findall(r"([a-z_.]+)=", span.partition("--set ")[2] or span)}
+    recipes = set(re.findall(r"--recipe ([\w-]+)", page))
+
+    assert len(named) > 15
+    assert named <= set(_fields(RECIPES["default"].__class__))
+    assert recipes <= set(RECIPES)
