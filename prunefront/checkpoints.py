@@ -31,6 +31,13 @@ _ALLOWED: list[Any] = [argparse.Namespace, np.dtype, np.float64, np.dtypes.Float
 _ALLOWED += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _DDP_PREFIX = "module."
 
+
+class _ConfigNode(dict[str, Any]):
+    """What stands for the ``yacs`` settings that Swin's scripts store, so that nothing of yacs is needed or run."""
+
+
+_ALLOWED.append((_ConfigNode, "yacs.config.CfgNode"))
+
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +102,17 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If the file is missing or is not a checkpoint.
     """
+    return state_dict_in(read_checkpoint(path), os.fspath(path))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Everything a checkpoint file holds, on the CPU: of a training checkpoint the weights and what stands beside them.
+
+    Pickled files are read weights-only, with the argument namespaces that scripts store and nothing more.
+
+    Raises:
+        CheckpointError: If the file is missing or is not a checkpoint.
+    """
     name = os.fspath(path)
     if not Path(path).is_file():
         raise CheckpointError(f"Checkpoint {name} does not exist. Check the path.")
@@ -102,7 +120,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if Path(path).suffix == ".safetensors":
             return load_file(name)
         with torch.serialization.safe_globals(_ALLOWED):
-            loaded = torch.load(name, map_location="cpu", weights_only=True)
+            return torch.load(name, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{name} is not a readable checkpoint: {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -110,7 +128,6 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{name} could not be read as weights only: {_first_line(error)} "
             "Save the state dict alone, best as safetensors."
         ) from error
-    return state_dict_in(loaded, name)
 
 
 def state_dict_in(loaded: Any, name: str) -> dict[str, Tensor]:
