@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import pickle
+import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,14 +31,9 @@ _WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 # What the scripts of the field pickle beside the weights. Nothing else is ever unpickled.
 _ALLOWED: list[Any] = [argparse.Namespace, np.dtype, np.float64, np.dtypes.Float64DType, np.ndarray]
 _ALLOWED += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+# The yacs settings of Swin's scripts are read as plain dicts: nothing of yacs is needed or run.
+_ALLOWED.append((OrderedDict, "yacs.config.CfgNode"))
 _DDP_PREFIX = "module."
-
-
-class _ConfigNode(dict[str, Any]):
-    """What stands for the ``yacs`` settings that Swin's scripts store, so that nothing of yacs is needed or run."""
-
-
-_ALLOWED.append((_ConfigNode, "yacs.config.CfgNode"))
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +122,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{name} is not a readable checkpoint: {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{name} could not be read as weights only: {_first_line(error)} "
+            f"{name} could not be read as weights only: {_unpickling_reason(error)}. "
             "Save the state dict alone, best as safetensors."
         ) from error
 
@@ -187,6 +184,12 @@ def read_saved_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _some(names: Sequence[str], limit: int = 3) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _unpickling_reason(error: Exception) -> str:
+    """What was refused, without torch's advice to read the file unsafely."""
+    found = re.search(r"GLOBAL (\S+?)[\s.]*(?:was|whose|\s|$)", str(error))
+    return f"it wants to run {found.group(1)}" if found else _first_line(error).rstrip(".")
 
 
 def _first_line(error: Exception) -> str:
