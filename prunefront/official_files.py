@@ -346,6 +346,8 @@ def _value(name: str, value: Any) -> Any:
     """A value as scripts store or users write it: ``(3, 6, 9)``, ``3,6,9`` and ``3 6 9`` are lists."""
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if name in _LISTS and isinstance(value, int | float) and not isinstance(value, bool):
         return [value]
     if isinstance(value, str) and (name in _LISTS or name in ("r", "r_tokens")):
