@@ -14,6 +14,7 @@ from prunefront.cli.options import (
     Checkpoint,
     CropPct,
     Device,
+    Dtype,
     DtypeOption,
     ImgSize,
     ModelKwargs,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from prunefront.token_use import TokenUse
     from prunefront.training.data import SplitDataset
     from prunefront.training.evaluate import Evaluation
-
-DType = Literal["fp32", "bf16", "fp16"]
 
 
 def evaluate(
@@ -241,7 +240,7 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _evaluate_counting(
-    model: nn.Module, images: SplitDataset, batch_size: int, device: str, dtype: DType
+    model: nn.Module, images: SplitDataset, batch_size: int, device: str, dtype: Dtype
 ) -> tuple[Evaluation, TokenUse]:
     """Accuracy, and tokens and MACs; counted on the way where each image keeps counts of its own."""
     from prunefront.token_use import TokenCounter, counts_per_image, token_use
@@ -254,7 +253,7 @@ def _evaluate_counting(
 
 
 def _throughput(
-    model: nn.Module, dense: nn.Module | None, images: SplitDataset, batch_size: int, device: str, dtype: DType
+    model: nn.Module, dense: nn.Module | None, images: SplitDataset, batch_size: int, device: str, dtype: Dtype
 ) -> dict[str, Any]:
     """Latency on images of the split, against the dense model where there is one."""
     from itertools import islice
@@ -307,7 +306,7 @@ def _evaluate(
     title: str,
     batch_size: int,
     device: str,
-    dtype: DType,
+    dtype: Dtype,
 ) -> Evaluation:
     from prunefront.training.evaluate import evaluate as evaluate_model
 
