@@ -50,6 +50,7 @@ class TokenCounter(nn.Module):
         super().__init__()
         self.model = model
         self.kept: list[Tensor] = []
+        self._num_sites = sum(len(block.steps) for block in cast(Any, model)._blocks_plan)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) for images (B, C, H, W)."""
@@ -60,6 +61,10 @@ class TokenCounter(nn.Module):
         ]
         self.kept.append(torch.stack(counts, dim=1).cpu())
         return cast(Tensor, logits)
+
+    def counts(self) -> Tensor:
+        """``kept`` of all images seen, (images, sites)."""
+        return torch.cat(self.kept) if self.kept else torch.zeros(0, self._num_sites, dtype=torch.long)
 
 
 def counts_per_image(model: nn.Module) -> bool:

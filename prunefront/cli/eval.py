@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,14 +26,16 @@ from prunefront.cli.options import (
     parse_img_size,
     parse_pairs,
 )
-from prunefront.cli.output import note, print_fields, print_json, progress_bar
+from prunefront.cli.output import ProgressCallback, note, print_fields, print_json, progress_bar
 from prunefront.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from prunefront.token_use import TokenUse
     from prunefront.training.data import SplitDataset
+    from prunefront.training.distributed import World
     from prunefront.training.evaluate import Evaluation
 
 
@@ -85,6 +89,8 @@ def evaluate(
     --official reads what a paper's own script saved. It prepares images as the papers do, --crop-pct 0.875. See
     docs/how-to-official-checkpoints.md.
 
+    Several GPUs: torchrun --nproc-per-node 4 -m prunefront eval ... --device cuda counts every image once.
+
     Example: prunefront eval best.json --dataset digit-scenes --against-dense --throughput
 
     Example: prunefront eval --official evit evit.pth --hparam base_keep_rate=0.7 --hparam fuse_token=true --dataset
@@ -94,6 +100,7 @@ def evaluate(
 
     from latency_tables.device import torch_device
     from prunefront.training.data import check_dataset, data_config_of, open_split
+    from prunefront.training.distributed import joined, place_of_process
     from prunefront.training.statistics import paired_interval, top1_interval
 
     if (what is None) == (official is None):
@@ -106,62 +113,71 @@ def evaluate(
             if misplaced
             else "--official names the weights itself. Leave out --checkpoint."
         )
-    place = str(torch_device(device))
+    _, num_processes, local_rank = place_of_process()
+    if throughput and num_processes > 1:
+        raise ConfigError(f"--throughput measures one process, but torchrun started {num_processes}. Leave it out.")
+    # Of several processes, each has the GPU of its own number.
+    place = torch_device(f"cuda:{local_rank}" if device == "cuda" and num_processes > 1 else device)
     check_dataset(dataset)  # before weights are looked for, which may take long
     what = what if official is None else str(official[1])
     assert what is not None
-    with progress_bar(f"Loading {what}"):
-        if official is None:
-            model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
-        else:
-            model, dense = _official(official, model_name, num_heads, img_size, num_classes, model_kwarg, hparam)
-    if against_dense and dense is None:
-        raise ConfigError(f"--against-dense compares a compressed model with its dense one, but {what} is dense.")
-    transform = data_config_of(model)
-    if crop_pct is not None:
-        transform = replace(transform, crop_pct=crop_pct)
-    images = open_split(
-        dataset,
-        split,
-        data_config=transform,
-        num_images=num_images,
-        on_corrupt="refuse" if strict else "skip",
-    )
-    evaluation, use = _evaluate_counting(model, images, batch_size, place, dtype)
-    clusters = None if images.clusters is None else images.clusters[evaluation.indices]
-    low, high = top1_interval(evaluation.correct, clusters)
-    document: dict[str, Any] = {
-        "what": what,
-        "dataset": dataset,
-        "split": split,
-        "num_images": evaluation.num_images,
-        "num_skipped": evaluation.num_skipped,
-        "dtype": dtype,
-        **images.data_config.to_dict(),
-        "top1": evaluation.top1,
-        "top1_ci": [low, high],
-        "top5": evaluation.top5,
-        "loss": evaluation.loss,
-        "macs": use.macs,
-        "tokens_out": {
-            "mean": list(use.mean), "p50": list(use.p50), "p95": list(use.p95), "is_per_image": use.is_per_image,
-        },
-    }  # fmt: skip
-    if official is not None:
-        document |= {"official": official[0], "config": _config_of(model)}
-    if against_dense and dense is not None:
-        reference = _evaluate(dense, images, "Evaluating dense", batch_size, place, dtype)
-        if not np.array_equal(evaluation.indices, reference.indices):
-            raise DatasetError(
-                f"Both models must see the same images of {dataset!r}, but its files changed between the two. "
-                "Evaluate again."
-            )
-        difference, low, high = paired_interval(evaluation.correct, reference.correct, clusters)
-        document |= {"dense_top1": reference.top1, "top1_delta": difference, "top1_delta_ci": [low, high]}
+    with joined(place) as world:
+        with _bar(f"Loading {what}", world):
+            if official is None:
+                model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
+            else:
+                model, dense = _official(official, model_name, num_heads, img_size, num_classes, model_kwarg, hparam)
+        if against_dense and dense is None:
+            raise ConfigError(f"--against-dense compares a compressed model with its dense one, but {what} is dense.")
+        transform = data_config_of(model)
+        if crop_pct is not None:
+            transform = replace(transform, crop_pct=crop_pct)
+        images = open_split(
+            dataset,
+            split,
+            data_config=transform,
+            num_images=num_images,
+            on_corrupt="refuse" if strict else "skip",
+        )
+        evaluation, use = _evaluate_counting(model, images, batch_size, place, dtype, world)
+        clusters = None if images.clusters is None else images.clusters[evaluation.indices]
+        low, high = top1_interval(evaluation.correct, clusters)
+        document: dict[str, Any] = {
+            "what": what,
+            "dataset": dataset,
+            "split": split,
+            "num_images": evaluation.num_images,
+            "num_skipped": evaluation.num_skipped,
+            "dtype": dtype,
+            **images.data_config.to_dict(),
+            "top1": evaluation.top1,
+            "top1_ci": [low, high],
+            "top5": evaluation.top5,
+            "loss": evaluation.loss,
+            "macs": use.macs,
+            "tokens_out": {
+                "mean": list(use.mean), "p50": list(use.p50), "p95": list(use.p95), "is_per_image": use.is_per_image,
+            },
+        }  # fmt: skip
+        if official is not None:
+            document |= {"official": official[0], "config": _config_of(model)}
+        if against_dense and dense is not None:
+            reference = _evaluate(dense, images, "Evaluating dense", batch_size, place, dtype, world)
+            if not np.array_equal(evaluation.indices, reference.indices):
+                raise DatasetError(
+                    f"Both models must see the same images of {dataset!r}, but its files changed between the two. "
+                    "Evaluate again."
+                )
+            difference, low, high = paired_interval(evaluation.correct, reference.correct, clusters)
+            document |= {"dense_top1": reference.top1, "top1_delta": difference, "top1_delta_ci": [low, high]}
+    if not world.is_main:  # every process knows the result; one tells
+        return
     if throughput:
         document["throughput"] = _throughput(model, dense, images, batch_size, device, dtype)
     skipped = images.describe_skipped()
-    if skipped is not None:
+    if num_processes > 1 and evaluation.num_skipped:
+        note(f"Warning: {evaluation.num_skipped} images could not be decoded and were left out.")
+    elif skipped is not None:
         note(f"Warning: {skipped}")
     if as_json:
         print_json(document)
@@ -240,16 +256,16 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _evaluate_counting(
-    model: nn.Module, images: SplitDataset, batch_size: int, device: str, dtype: Dtype
+    model: nn.Module, images: SplitDataset, batch_size: int, device: torch.device, dtype: Dtype, world: World
 ) -> tuple[Evaluation, TokenUse]:
     """Accuracy, and tokens and MACs; counted on the way where each image keeps counts of its own."""
     from prunefront.token_use import TokenCounter, counts_per_image, token_use
 
     if not counts_per_image(model):
-        return _evaluate(model, images, "Evaluating", batch_size, device, dtype), token_use(model)
+        return _evaluate(model, images, "Evaluating", batch_size, device, dtype, world), token_use(model)
     counter = TokenCounter(model)
-    evaluation = _evaluate(counter, images, "Evaluating", batch_size, device, dtype)
-    return evaluation, token_use(model, counter.kept)
+    evaluation = _evaluate(counter, images, "Evaluating", batch_size, device, dtype, world)
+    return evaluation, token_use(model, [world.gathered(counter.counts())])
 
 
 def _throughput(
@@ -300,15 +316,28 @@ def _token_fields(use: TokenUse) -> list[tuple[str, object]]:
     return [(name, " ".join(f"{count:.4g}" for count in counts)) for name, counts in rows.items()]
 
 
+@contextmanager
+def _bar(title: str, world: World) -> Iterator[ProgressCallback | None]:
+    """A progress bar of the process that tells; None in the others."""
+    if not world.is_main:
+        yield None
+        return
+    with progress_bar(title) as progress:
+        yield progress
+
+
 def _evaluate(
     model: nn.Module,
     images: SplitDataset,
     title: str,
     batch_size: int,
-    device: str,
+    device: torch.device,
     dtype: Dtype,
+    world: World,
 ) -> Evaluation:
     from prunefront.training.evaluate import evaluate as evaluate_model
 
-    with progress_bar(title) as progress:
-        return evaluate_model(model, images, batch_size=batch_size, device=device, dtype=dtype, progress=progress)
+    with _bar(title, world) as progress:
+        return evaluate_model(
+            model, images, batch_size=batch_size, device=device, dtype=dtype, world=world, progress=progress
+        )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,24 @@ def test_counts_of_spvit_are_measured_and_the_speed_too(tmp_path: Path, capfd: p
     assert run(line) == 0
     shown = capfd.readouterr().out
     assert "tokens per block, mean" in shown and "224 x 224 px, bicubic, crop 0.875" in shown
+
+
+@pytest.mark.slow
+def test_two_processes_count_each_image_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = official_file("spvit/deit_eval", tmp_path)
+    line = ["eval", "--official", "spvit", str(path), "--hparam", "pruning_loc=1,3,5", "--dataset", "digit-scenes"]
+    line += ["--num-images", "7", "--batch-size", "2", "--against-dense"]
+    alone = result(capfd, *line)
+
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "prunefront"]
+    environment = {**os.environ, "PYTHONPATH": str(GOLDEN.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*start, *line, "--json"], env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    together = json.loads(done.stdout)
+    assert together["num_images"] == 7
+    assert together.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-5)
+    assert together == alone
 
 
 @pytest.mark.parametrize(
