@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from prunefront.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe-Ito colours, as in the pictures of fronts: told apart also by people who see few colours.
 COLOUR, DENSE_COLOUR, NOTE_COLOUR = "#0072B2", "#000000", "#555555"
@@ -34,6 +35,8 @@ def draw_rows(rows: list[dict[str, Any]], title: str) -> Figure:
         rows: Of `prunefront measure`, all with ``top1`` or none.
         title: Device, runtime, dtype and batch size.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     colours = [COLOUR if row["config"]["sites"] else DENSE_COLOUR for row in rows]
