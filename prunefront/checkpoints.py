@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import pickle
+import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,8 @@ _WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 # What the scripts of the field pickle beside the weights. Nothing else is ever unpickled.
 _ALLOWED: list[Any] = [argparse.Namespace, np.dtype, np.float64, np.dtypes.Float64DType, np.ndarray]
 _ALLOWED += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+# The yacs settings of Swin's scripts are read as plain dicts: nothing of yacs is needed or run.
+_ALLOWED.append((OrderedDict, "yacs.config.CfgNode"))
 _DDP_PREFIX = "module."
 
 _log = logging.getLogger(__name__)
@@ -95,6 +99,17 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If the file is missing or is not a checkpoint.
     """
+    return state_dict_in(read_checkpoint(path), os.fspath(path))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Everything a checkpoint file holds, on the CPU: of a training checkpoint the weights and what stands beside them.
+
+    Pickled files are read weights-only, with the argument namespaces that scripts store and nothing more.
+
+    Raises:
+        CheckpointError: If the file is missing or is not a checkpoint.
+    """
     name = os.fspath(path)
     if not Path(path).is_file():
         raise CheckpointError(f"Checkpoint {name} does not exist. Check the path.")
@@ -102,15 +117,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if Path(path).suffix == ".safetensors":
             return load_file(name)
         with torch.serialization.safe_globals(_ALLOWED):
-            loaded = torch.load(name, map_location="cpu", weights_only=True)
+            return torch.load(name, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{name} is not a readable checkpoint: {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{name} could not be read as weights only: {_first_line(error)} "
+            f"{name} could not be read as weights only: {_unpickling_reason(error)}. "
             "Save the state dict alone, best as safetensors."
         ) from error
-    return state_dict_in(loaded, name)
 
 
 def state_dict_in(loaded: Any, name: str) -> dict[str, Tensor]:
@@ -170,6 +184,12 @@ def read_saved_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _some(names: Sequence[str], limit: int = 3) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _unpickling_reason(error: Exception) -> str:
+    """What was refused, without torch's advice to read the file unsafely."""
+    found = re.search(r"GLOBAL (\S+?)[\s.]*(?:was|whose|\s|$)", str(error))
+    return f"it wants to run {found.group(1)}" if found else _first_line(error).rstrip(".")
 
 
 def _first_line(error: Exception) -> str:

@@ -7,8 +7,9 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from prunefront.errors import FileWriteError
 
@@ -26,14 +27,28 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:
     Raises:
         FileWriteError: If the folder or file cannot be written (disk full, no permission); the old file is intact.
     """
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file that gets the name ``path`` when the block ends; an exception in it leaves what was there.
+
+    Args:
+        path: Target; its folder is created when missing.
+
+    Raises:
+        FileWriteError: If the folder or file cannot be written (disk full, no permission); the old file is intact.
+    """
     target = Path(path)
-    raw = data.encode() if isinstance(data, str) else data
     temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
-            file.write(raw)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp gives 0600; a result is to be read by whoever may read its folder.
@@ -41,16 +56,17 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
+        temporary = None
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         raise FileWriteError(
             error.errno,
             f"Could not write {target}: {error.strerror or error}. Free some space or choose another folder; "
             "the file that stood there before is unchanged.",
         ) from error
-    return target
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:

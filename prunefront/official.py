@@ -1,7 +1,8 @@
 """Checkpoints, hyper-parameters and recorded cases of the papers' own repositories.
 
-Whoever used one of them brings weights and flags unchanged: `from_official` builds our model from them, and `replay`
-recomputes a recorded case under the names it was recorded with.
+Whoever used one of them brings weights and flags unchanged: `from_official` builds our model from them,
+`load_official` reads them out of a file of its training script, and `replay` recomputes a recorded case under the names
+it was recorded with.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from prunefront.errors import CheckpointError, ConfigError, PrunefrontError
 from prunefront.geometry import build_timm_model
 from prunefront.methods.base import Aux
 from prunefront.methods.spvit import TokenSelector, shared_heads
+from prunefront.official_files import load_official
 from prunefront.official_swin import swin_from_official
 from prunefront.published_schedules import (
     DYNAMICVIT_RATE,
@@ -326,4 +328,4 @@ def _known(hparams: Mapping[str, Any], method: str, names: set[str]) -> None:
         )
 
 
-__all__ = ["Aux", "from_official", "official_sites", "parse_r", "recorded_input", "replay"]
+__all__ = ["Aux", "from_official", "load_official", "official_sites", "parse_r", "recorded_input", "replay"]

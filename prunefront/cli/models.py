@@ -1,25 +1,66 @@
-"""`prunefront models`: the timm models that methods can be put into."""
+"""`prunefront models`: the timm models that methods can be put into, and weights from elsewhere."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from prunefront.cli.options import AsJson
-from prunefront.cli.output import note, print_fields, print_json
+from prunefront.cli.output import note, print_fields, print_json, progress_bar
 
 # timm's modules of plain and rotary Vision Transformers and Swin, and ours.
 MODULES = ("vision_transformer", "deit", "eva", "swin_transformer", "digit_vit", "lvvit")
 
 
+class _ListsByDefault(TyperGroup):
+    """``prunefront models deit`` means ``prunefront models list deit``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ListsByDefault,
+    help="List the models that methods can be put into, or download weights. Without a command: list.",
+    epilog="Example: prunefront models deit",
+)
+
+
+@app.command("fetch")
+def fetch_weights(
+    url: Annotated[str, typer.Argument(help="https address of the weights.")],
+    sha256: Annotated[str, typer.Option(metavar="HEX", help="SHA-256 that the file must have.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; the address's last part when left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download weights over https; they get their name only when their SHA-256 is the one expected.
+
+    Example: prunefront models fetch https://example.org/evit.pth --sha256 9f86d081...
+    """
+    from prunefront.fetch import fetch
+
+    with progress_bar("Downloading") as progress:
+        path = fetch(url, out, sha256=sha256, progress=progress)
+    document = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256.strip().lower()}
+    if as_json:
+        print_json(document)
+    else:
+        print_fields(document.items())
+
+
+@app.command("list")
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *; or one whole name.")] = "*",
     as_json: AsJson = False,
 ) -> None:
     """List the models that match; one exact name shows its blocks, tokens and MACs.
 
-    Example: prunefront models deit
+    Example: prunefront models list deit
     """
     import timm
 

@@ -37,6 +37,16 @@ Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="Weights (safetensors or torch) to load into the model.")
 ]
 
+CropPct = Annotated[
+    float | None,
+    typer.Option(
+        "--crop-pct", min=0.1, max=1.0, help="Share of the resized image that the centre crop keeps; the model's own."
+    ),
+]
+NumImages = Annotated[
+    int | None, typer.Option("--num-images", min=1, help="A fixed sample of so many images; all when left out.")
+]
+
 
 def parse_img_size(text: str | None) -> int | tuple[int, int] | None:
     """Read ``224`` or ``224x320``.

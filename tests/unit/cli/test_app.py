@@ -15,8 +15,8 @@ from prunefront.errors import ConfigError, FileWriteError
 
 PRINT_A_RESULT = {
     "config published", "config show", "config validate", "data inspect", "data lmdb", "devices", "doctor", "eval",
-    "front", "jobs list", "jobs show", "jobs watch", "measure", "methods", "models", "search", "table build",
-    "table import", "table predict", "table push", "table show", "table validate", "train",
+    "front", "jobs list", "jobs show", "jobs watch", "measure", "methods", "models fetch", "models list", "search",
+    "table build", "table import", "table predict", "table push", "table show", "table validate", "train",
 }  # fmt: skip
 
 
