@@ -57,7 +57,14 @@ class Compressed:
 
     # What all share ------------------------------------------------------------------------------------------------
 
-    def _plan(self, tokens: Tokens, schedule: ScheduleLike | None) -> tuple[BlockSchedule, ...]:
+    def _options(self, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The config's options with those replaced that a call names."""
+        own = self.prune_config.options
+        return own if changes is None else self._method.parse_options({**own, **changes})
+
+    def _plan(
+        self, tokens: Tokens, schedule: ScheduleLike | None, options: dict[str, Any]
+    ) -> tuple[BlockSchedule, ...]:
         native = self._blocks_plan[0].tokens_entering
         if schedule is None and tokens.x.shape[1] == native:
             return self._blocks_plan
@@ -70,7 +77,7 @@ class Compressed:
                 self._check_predictors(sites)
         return plan_blocks(
             method,
-            self.prune_config.options,
+            options,
             sites,
             depth=len(self._blocks_plan),
             num_patch_tokens=tokens.x.shape[1] - tokens.num_prefix,
@@ -91,13 +98,15 @@ class Compressed:
         images: Tensor,
         schedule: ScheduleLike | None = None,
         *,
+        options: Mapping[str, Any] | None = None,
         recording: bool = False,
         masking: Masking | None = None,
     ) -> tuple[Tokens, Recorder | None]:
         """Remaining tokens after the final norm, and what happened to them when ``recording``."""
         model = cast(Any, self)
         tokens = self._start(images)
-        plan = self._plan(tokens, schedule)
+        chosen = self._options(options)
+        plan = self._plan(tokens, schedule, chosen)
         if masking is None and model.training and self._method.masks_in_training:
             masking = Masking(eps=TRAINING_EPS, noise=gumbel_noise)
         recorder = Recorder(tokens.x.shape[0], tokens.x.shape[1], tokens.x.device) if recording else None
@@ -106,7 +115,7 @@ class Compressed:
         for block, block_plan in zip(model.blocks, plan, strict=True):
             stage = stages.get(block_plan.index, 0)
             call = Call(
-                options=self.prune_config.options,
+                options=chosen,
                 stage=stage,
                 predictor=predictors[stage] if block_plan.steps and predictors is not None else None,
                 masking=masking,
@@ -140,25 +149,41 @@ class Compressed:
 
     @overload
     def forward(
-        self, x: Tensor, *, schedule: ScheduleLike | None = ..., return_aux: Literal[False] = ...
+        self,
+        x: Tensor,
+        *,
+        schedule: ScheduleLike | None = ...,
+        options: Mapping[str, Any] | None = ...,
+        return_aux: Literal[False] = ...,
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, x: Tensor, *, schedule: ScheduleLike | None = ..., return_aux: Literal[True]
+        self,
+        x: Tensor,
+        *,
+        schedule: ScheduleLike | None = ...,
+        options: Mapping[str, Any] | None = ...,
+        return_aux: Literal[True],
     ) -> tuple[Tensor, Aux]: ...
 
     def forward(
-        self, x: Tensor, *, schedule: ScheduleLike | None = None, return_aux: bool = False
+        self,
+        x: Tensor,
+        *,
+        schedule: ScheduleLike | None = None,
+        options: Mapping[str, Any] | None = None,
+        return_aux: bool = False,
     ) -> Tensor | tuple[Tensor, Aux]:
         """Logits (B, classes).
 
         Args:
             x: Images, (B, channels, height, width).
             schedule: Other sites of the same method for this call (keep-rate warm-up, elastic training).
+            options: Options of the method to replace for this call, such as Tri-Level's ``attn_ratio``.
             return_aux: Also return what happened to the tokens.
         """
-        tokens, recorder = self._walk(x, schedule, recording=return_aux)
+        tokens, recorder = self._walk(x, schedule, options=options, recording=return_aux)
         heads = self._heads(tokens)
         return heads.logits if recorder is None else (heads.logits, aux_of(tokens, heads, recorder))
 

@@ -14,7 +14,7 @@ Shapes: B images, L tokens of a stage (H x W, row by row), n of them alive, C ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -129,9 +129,14 @@ class CompressedSwinTransformer(Compressed):
         images: Tensor,
         schedule: ScheduleLike | None = None,
         *,
+        options: Mapping[str, Any] | None = None,
         recording: bool = False,
         masking: Masking | None = None,
     ) -> tuple[Tokens, Recorder | None]:
+        if options:
+            raise ConfigError(
+                f"A call of a Swin takes no other options, but got {', '.join(options)}; set them in the config."
+            )
         x, recorder = self._stages(images, schedule, recording=recording)
         return Tokens(x=x.flatten(1, 2), num_prefix=0), recorder
 

@@ -98,6 +98,10 @@ def train(
     test: Annotated[
         bool, typer.Option("--test/--no-test", help="Evaluate the final weights on the test split, once.")
     ] = True,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="Latency table (JSON): the recipe diffrate aims at a share of its latency instead of MACs."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse images that cannot be decoded instead of leaving them out.")
     ] = False,
@@ -141,7 +145,13 @@ def train(
             world=world,
             on_corrupt="refuse" if strict else "skip",
         )
+        if table is not None and chosen.rates is None:
+            raise ConfigError("--table is for learning kept counts; use it with --recipe diffrate, or leave it out.")
+        if chosen.rates is not None:
+            run.model = _learner(model, document, chosen, table)
         history = run.train(checkpoint_every_steps, tensorboard)
+        if chosen.rates is not None:
+            run.model = cast(Any, run.model).compressed()
         if world.is_main:
             run.save()  # before the test, which may be interrupted
         verdict = run.test() if test else None
@@ -457,6 +467,21 @@ def _models(
     if teacher is not None or teacher_checkpoint is not None:
         raise ConfigError("This recipe has no teacher; add --set distillation.alpha=0.5 to learn from one.")
     return model, None
+
+
+def _learner(model: nn.Module, config: PruneConfig, recipe: Recipe, table: Path | None) -> nn.Module:
+    """The model frozen, with counts to learn, under MACs or the latency of a table."""
+    from prunefront.compress import uncompress
+    from prunefront.training.rates import RateLearner
+
+    assert recipe.rates is not None
+    cost = None
+    if table is not None:
+        from latency_tables.rates import latency_cost
+        from latency_tables.schema import load_table
+
+        cost = latency_cost(load_table(table), config.model)
+    return RateLearner(uncompress(model), config, granularity=recipe.rates.granularity, cost=cost)
 
 
 def _teacher(

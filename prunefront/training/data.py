@@ -104,7 +104,8 @@ def data_config_of(model: nn.Module) -> DataConfig:
     if (img_size := getattr(patch_embed, "img_size", None)) is not None:
         height, width = img_size
     if (projection := getattr(patch_embed, "proj", None)) is not None:
-        channels = getattr(projection, "in_channels", channels)
+        # LV-ViT's projection is not the first convolution; its stem says what comes in.
+        channels = getattr(patch_embed, "in_chans", getattr(projection, "in_channels", channels))
     mean, std = tuple(resolved["mean"]), tuple(resolved["std"])
     if len(mean) != channels:
         mean, std = (float(np.mean(mean)),) * channels, (float(np.mean(std)),) * channels

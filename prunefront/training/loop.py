@@ -359,7 +359,7 @@ class _Run:
         self.optimizer.zero_grad()
         options: dict[str, Any] = {}
         if self.sites is not None:
-            options["schedule"] = self.sites.at(self._openness(position.step))
+            options = self.sites.at(self._openness(position.step))
         losses, num_correct, num_images, parts = 0.0, 0, 0, dict(position.parts)
         for number in range(recipe.accumulate):
             images, labels, index = self._next(batches)
@@ -465,16 +465,16 @@ class _Run:
 
     def _validate(self, split: SplitDataset, epoch: int, should_stop: ShouldStop | None) -> Record:
         """Accuracy on the search split; the best weights so far go to their own file."""
-        sites = None
+        changes: dict[str, Any] = {}
         if self.sites is not None and self.recipe.keep_rate is not None and epoch + 1 < self.epochs:
             if self.recipe.keep_rate.evaluate_with == "current":
-                sites = self.sites.at(self._openness(self.position.step))
-        record = self._accuracy(self.model, split, sites, should_stop)
+                changes = self.sites.at(self._openness(self.position.step))
+        record = self._accuracy(self.model, split, changes, should_stop)
         if not math.isfinite(record["search_loss"]):
             raise self._diverged("search loss", record["search_loss"])
         candidates = {record["search_top1"]: self.model}
         if self.ema is not None and self.recipe.evaluates_ema:
-            averaged = self._accuracy(self.ema.module, split, sites, should_stop)["search_top1"]
+            averaged = self._accuracy(self.ema.module, split, changes, should_stop)["search_top1"]
             record["ema_search_top1"] = averaged
             candidates.setdefault(averaged, self.ema.module)
         earlier = [
@@ -485,8 +485,10 @@ class _Run:
             save_weights(candidates[top1], self.folder / BEST_NAME)
         return record
 
-    def _accuracy(self, model: nn.Module, split: SplitDataset, sites: Any, should_stop: ShouldStop | None) -> Record:
-        scheduled = model if sites is None else _Scheduled(model, sites)
+    def _accuracy(
+        self, model: nn.Module, split: SplitDataset, changes: dict[str, Any], should_stop: ShouldStop | None
+    ) -> Record:
+        scheduled = _Scheduled(model, changes) if changes else model
         found = evaluate(
             scheduled,
             split,
@@ -596,13 +598,13 @@ class _Run:
 class _Scheduled(nn.Module):
     """A model under another schedule than its own, for evaluation."""
 
-    def __init__(self, model: nn.Module, sites: Any) -> None:
+    def __init__(self, model: nn.Module, changes: dict[str, Any]) -> None:
         super().__init__()
-        self.model, self._sites = model, sites
+        self.model, self._changes = model, changes
         self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images, schedule=self._sites)
+        logits: Tensor = self.model(images, **self._changes)
         return logits
 
 

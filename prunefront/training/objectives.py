@@ -16,7 +16,8 @@ from prunefront.config import PruneConfig
 from prunefront.errors import ConfigError, UnknownNameError
 from prunefront.schedule import plan_schedule
 from prunefront.training.losses import finetuning_loss, selection_loss
-from prunefront.training.recipes import PruningLoss, Recipe
+from prunefront.training.rates import rates_loss
+from prunefront.training.recipes import PruningLoss, RateTarget, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +196,32 @@ class PruningDistillation:
         )
 
 
+class LearnedCounts:
+    """DiffRate's: classification, and the distance of the counts' cost from its target; see `rates.rates_loss`."""
+
+    needs_teacher = False
+
+    def __init__(self, recipe: Recipe, config: object = None) -> None:
+        """Read the target from the recipe."""
+        self._target, self._label_smoothing = recipe.rates or RateTarget(), recipe.label_smoothing
+
+    def forward(
+        self, model: nn.Module, teacher: nn.Module | None, images: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        logits, cost = model(images)
+        return logits, cost
+
+    def loss(self, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Loss:
+        logits, cost = outputs
+        total = rates_loss(logits, targets, cost, self._target.cost_share, self._target.weight, self._label_smoothing)
+        return Loss(total=total, logits=logits, parts={"cost_share": cost.detach()})
+
+
 # Name in a recipe -> how to build it from (recipe, config of the model or None for a dense one).
 OBJECTIVES: dict[str, Callable[[Recipe, Any], Objective]] = {
     "classification": Classification,
     "pruning-distillation": PruningDistillation,
+    "kept-counts": LearnedCounts,
 }
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunefront.backbones.vit import VIT_BLOCKS
+from prunefront.compress import compress
+from prunefront.config import PruneConfig
 from prunefront.errors import ModelError
 from prunefront.geometry import ModelGeometry, geometry_of, require_supported
 from prunefront.ops.attention import AttentionState, masked_softmax
@@ -196,9 +198,9 @@ def macs_cost(geometry: ModelGeometry) -> Cost:
 
 
 def rates_loss(
-    logits: Tensor, targets: Tensor, cost: Tensor, target: float, dense: float, weight: float = 100.0
+    logits: Tensor, targets: Tensor, cost: Tensor, target: float, weight: float = 100.0, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy plus the squared distance from the cost target, as a share of the dense model's cost.
+    """Cross-entropy plus the squared distance from the cost target, both as a share of the dense model's cost.
 
     The official code weighs squared GMACs by 5; for DeiT-S that is 106 per squared share, which suits models of every
     size.
@@ -206,12 +208,72 @@ def rates_loss(
     Args:
         logits: (B, classes).
         targets: Labels (B,), or class shares (B, classes).
-        cost: Of the counts, from a `Cost`.
-        target: In the same unit.
-        dense: Cost of the dense model, in the same unit.
+        cost: Of the counts, from a `Cost`, as a share of the dense model's.
+        target: Likewise.
         weight: Of the cost term.
+        label_smoothing: Spread of hard labels; mixed targets come smoothed already.
     """
-    return F.cross_entropy(logits.float(), targets) + weight * ((cost - target) / dense).square()
+    smoothing = label_smoothing if targets.ndim == 1 else 0.0
+    return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) + weight * (cost - target).square()
+
+
+class RateLearner(nn.Module):
+    """A frozen model and its proxies, as a training sees them: in train mode logits and cost, else logits alone."""
+
+    def __init__(
+        self, model: nn.Module, config: PruneConfig, *, granularity: int = 4, cost: Cost | None = None
+    ) -> None:
+        """Freeze ``model`` and give it fresh proxies.
+
+        Args:
+            model: A dense plain ViT with a class token.
+            config: A ``diffrate`` config of it; its sites are what is to be learned.
+            granularity: Step between the candidates, in tokens.
+            cost: What the target is about; MACs when left out.
+
+        Raises:
+            ModelError: If rates cannot be learned for such a model.
+        """
+        super().__init__()
+        self.rates = rates_of(model, granularity)
+        self.dense = model.requires_grad_(False)
+        self.prune_config = config
+        self.cost = macs_cost(geometry_of(model)) if cost is None else cost
+        everything = next(self.rates.parameters()).new_tensor(float(self.rates.num_tokens))
+        depth = self.rates.depth
+        self.dense_cost = float(self.cost(KeptCounts(prune=(everything,) * depth, merge=(everything,) * depth)))
+
+    @property
+    def num_classes(self) -> int:
+        return int(cast(Any, self.dense).num_classes)
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        return cast(Any, self.dense).pretrained_cfg
+
+    @property
+    def patch_embed(self) -> Any:
+        return cast(Any, self.dense).patch_embed
+
+    def train(self, mode: bool = True) -> RateLearner:
+        """Switch to learning or not; the frozen model stays in eval mode."""
+        super().train(mode)
+        self.dense.eval()
+        return self
+
+    def learned_config(self) -> PruneConfig:
+        """The config with the counts of now."""
+        return PruneConfig.model_validate({**self.prune_config.to_dict(), "sites": self.rates.sites(), "results": None})
+
+    def compressed(self) -> nn.Module:
+        """The model under the counts of now."""
+        return compress(self.dense, self.learned_config())
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, classes), while learning with the cost of the counts as a share of the dense model's."""
+        if not self.training:
+            return cast(Tensor, self.compressed().to(images.device).eval()(images))
+        return masked_forward(self.dense, self.rates, images), self.cost(self.rates.counts()) / self.dense_cost
 
 
 def rates_of(model: nn.Module, granularity: int = 4) -> Rates:

@@ -59,6 +59,14 @@ class PruningLoss(StrictModel):
     ratio_over: Literal["image", "batch"] = Field("image", description="What a kept share is averaged over.")
 
 
+class RateTarget(StrictModel):
+    """What the objective ``kept-counts`` (DiffRate) aims its counts at."""
+
+    cost_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.65, description="Of the dense model's cost.")
+    weight: NonNegative = Field(100.0, description="Of the squared distance to that share.")
+    granularity: Count = Field(4, description="Step between the counts to choose from, in tokens.")
+
+
 class KeepRateSchedule(StrictModel):
     """Keep ratios of 1 until ``start_epoch``, then a cosine down to the config's own over ``epochs``."""
 
@@ -114,6 +122,7 @@ class Recipe(StrictModel):
 
     distillation: Distillation | None = Distillation()
     pruning: PruningLoss | None = None
+    rates: RateTarget | None = Field(None, description="Learn how many tokens to keep, with frozen weights.")
     keep_rate: KeepRateSchedule | None = None
     examples: ExampleOptions | None = Field(None, description="Leave training images out; null trains on all.")
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(None, description="Null keeps no average.")
@@ -252,6 +261,20 @@ RECIPES: dict[str, Recipe] = {
         repeats=3,
         pruning=PruningLoss(ratio_over="batch"),
         ema_decay=0.99996,
+    ),
+    # DiffRate, its search of kept counts: 4 GPUs x 256, weights frozen.
+    "diffrate": Recipe(
+        **{**_DEIT, "lr_batch_size": None},
+        methods=("diffrate",),
+        epochs=3,
+        objective="kept-counts",
+        batch_size=256,
+        amp="fp16",
+        lr=1e-2,
+        min_lr=1e-3,
+        weight_decay=0.0,
+        repeats=3,
+        rates=RateTarget(),
     ),
     # Tri-Level E-ViT, README for DeiT: 4 GPUs x 512.
     "trilevel": Recipe(
@@ -440,6 +463,7 @@ _SECTIONS: dict[str, type[StrictModel]] = {
     "augmentation": Augmentation,
     "distillation": Distillation,
     "pruning": PruningLoss,
+    "rates": RateTarget,
     "keep_rate": KeepRateSchedule,
     "examples": ExampleOptions,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 from prunefront.config import PruneConfig, Site
 from prunefront.schedule import plan_schedule
@@ -36,7 +36,7 @@ class ScheduledSites:
 
     def __init__(self, config: PruneConfig) -> None:
         """Work out every site's share of the tokens present."""
-        self._sites = config.sites
+        self._sites, self._options = config.sites, config.options
         # A site that removes nothing has no step: it keeps all of whatever is there.
         self._present = {
             (block.index, step.op): step.kept + step.removed
@@ -44,11 +44,18 @@ class ScheduledSites:
             for step in block.steps
         }
 
-    def at(self, open_share: float) -> Sequence[Site] | None:
-        """The sites for ``model(images, schedule=...)``; None where the config's own are meant."""
+    def at(self, open_share: float) -> dict[str, Any]:
+        """What to call the model with beside images; nothing where the config's own ratios are meant.
+
+        Tri-Level's share of connections follows the same schedule as its tokens.
+        """
         if open_share == 0.0:
-            return None
-        return tuple(_opened(site, self._present.get((site.block, site.op)), open_share) for site in self._sites)
+            return {}
+        sites = tuple(_opened(site, self._present.get((site.block, site.op)), open_share) for site in self._sites)
+        attended = self._options.get("attn_ratio", 1.0)
+        if attended == 1.0:
+            return {"schedule": sites}
+        return {"schedule": sites, "options": {"attn_ratio": attended + (1 - attended) * open_share}}
 
 
 def _opened(site: Site, present: int | None, open_share: float) -> Site:

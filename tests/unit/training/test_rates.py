@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import prunefront
+from benchmarks.controller_overhead import synthetic_table
+from latency_tables.predict import predict_latency_ms
+from latency_tables.rates import latency_cost
 from prunefront.config import PruneConfig
 from prunefront.errors import ModelError
 from prunefront.geometry import geometry_of
@@ -83,13 +86,12 @@ def test_learning_meets_the_cost_target() -> None:
     rates = rates_of(model, granularity=2)
     cost_of = macs_cost(geometry_of(model))
     dense = prunefront.macs(PruneConfig(model=spec, method="hybrid"))
-    target = 0.6 * dense
     optimizer = torch.optim.AdamW(rates.parameters(), lr=0.1, weight_decay=0.0)
     images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(2))
     labels = model(images).argmax(dim=1)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = rates_loss(masked_forward(model, rates, images), labels, cost_of(rates.counts()), target, dense)
+        loss = rates_loss(masked_forward(model, rates, images), labels, cost_of(rates.counts()) / dense, 0.6)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert prunefront.macs(models.config("diffrate", rates.sites(), spec)) / dense == pytest.approx(0.6, abs=0.04)
@@ -100,3 +102,18 @@ def test_learning_meets_the_cost_target() -> None:
 def test_models_without_a_class_token_are_refused() -> None:
     with pytest.raises(ModelError, match="plain ViTs with a class token"):
         rates_of(models.build(models.small_spec(class_token=False, global_pool="avg")))
+
+
+def test_the_cost_of_a_table_is_its_prediction_with_its_slope() -> None:
+    table = synthetic_table()
+    cost_of = latency_cost(table, table.model)
+    prune = [torch.tensor(65.0)] + [torch.tensor(float(n), requires_grad=True) for n in (50, 50, 30, 30, 20)]
+    merge = [torch.tensor(65.0)] + [torch.tensor(65.0, requires_grad=True) for _ in range(5)]
+    cost = cost_of(KeptCounts(prune=tuple(prune), merge=tuple(merge)))
+    sites = [{"block": block, "op": "prune", "tokens": kept - 1} for block, kept in ((1, 50), (3, 30), (5, 20))]
+    config = PruneConfig.model_validate({"model": table.model, "method": "diffrate", "sites": sites})
+    assert cost.item() == pytest.approx(predict_latency_ms(table, config), rel=1e-6)
+    cost.backward()  # type: ignore[no-untyped-call]
+    # Keeping more tokens anywhere they are really removed costs time; a count above what is there does nothing.
+    assert all(prune[block].grad > 0 for block in (1, 3, 5))
+    assert merge[1].grad == 0
