@@ -16,7 +16,7 @@ from prunefront.errors import ConfigError, FileWriteError
 PRINT_A_RESULT = {
     "config published", "config show", "config validate", "data inspect", "data lmdb", "devices", "doctor", "eval",
     "front", "jobs list", "jobs show", "jobs watch", "measure", "methods", "models fetch", "models list", "search",
-    "table build", "table import", "table predict", "table push", "table show", "table validate", "train",
+    "table build", "table import", "table predict", "table push", "table show", "table validate", "train", "visualize",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_what_prints_a_result_prints_it_as_json_too() -> None:
 def test_the_commands_are_those_of_this_version() -> None:
     assert {name.split()[0] for name in COMMANDS} == {
         "best", "config", "controller", "data", "db", "demo", "devices", "doctor", "eval", "front", "jobs", "measure",
-        "methods", "models", "search", "serve", "table", "train",
+        "methods", "models", "search", "serve", "table", "train", "visualize",
     }  # fmt: skip
 
 
