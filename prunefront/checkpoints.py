@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from prunefront.backbones.compressed import Compressed
@@ -41,8 +43,9 @@ _log = logging.getLogger(__name__)
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Load a state dict (safetensors, or a PyTorch file read weights-only) into ``model``.
 
-    Everything has to fit, but for learned parts that a dense checkpoint cannot have: they stay as they are, which a
-    warning says.
+    Everything has to fit, with two exceptions. Learned parts that a dense checkpoint cannot have stay as they are, and
+    a warning says so. Position embeddings of another image size are resized, as when a model is fine-tuned at a higher
+    resolution (bicubic, corners not aligned, no antialiasing: EViT's way).
 
     Returns:
         Names of learned parts that the file lacks.
@@ -56,6 +59,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
 
         state = shared_heads(state, [module for module in model.modules() if isinstance(module, TokenSelector)])
     own = model.state_dict()
+    state = _with_positions_of(model, state, own)
     learned = {name for name in own if isinstance(model, Compressed) and name.startswith(f"{PREDICTORS}.")}
     has_learned = any(name in state for name in learned)
     absent = sorted(set(own) - set(state) - (set() if has_learned else learned))
@@ -88,6 +92,24 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
             _some(untrained),
         )
     return untrained
+
+
+def _with_positions_of(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with its absolute position embeddings resized to the model's patch grid, where both are grids."""
+    stored, wanted = state.get("pos_embed"), own.get("pos_embed")
+    if stored is None or wanted is None or stored.shape == wanted.shape:
+        return state
+    vit: Any = model
+    prefix = 0 if getattr(model, "no_embed_class", False) else int(getattr(model, "num_prefix_tokens", 0))
+    fits = stored.ndim == wanted.ndim == 3 and stored.shape[2] == wanted.shape[2] and hasattr(model, "patch_embed")
+    side = math.isqrt(max(stored.shape[1] - prefix, 0)) if fits else 0
+    if side < 1 or side * side != stored.shape[1] - prefix:  # only a square grid can be told from its length
+        return state
+    _log.info("Positions of %d x %d patches are resized to %s.", side, side, vit.patch_embed.grid_size)
+    resized = resample_abs_pos_embed(
+        stored, list(vit.patch_embed.grid_size), [side, side], num_prefix_tokens=prefix, antialias=False
+    )
+    return {**state, "pos_embed": resized}
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -395,3 +395,18 @@ def test_checkpoints_that_do_not_fit_say_where(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pth")
     with pytest.raises(CheckpointError, match="weights only"):
         prunefront.create_model(config, checkpoint=tmp_path / "pickle.pth")
+
+
+def test_positions_are_resized_for_another_image_size(tmp_path: Path) -> None:
+    """A checkpoint of 48 px for a model of 64 px: what EViT does inside its forward pass, done once."""
+    small, larger = models.small_spec(), models.small_spec(img_size=64)
+    model = models.build(small)
+    torch.save(model.state_dict(), tmp_path / "small.pth")
+    resized = prunefront.create_model(models.config("evit", [], larger), checkpoint=tmp_path / "small.pth").eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = prunefront.compress(model, models.config("evit", [], small))(images)
+        torch.testing.assert_close(resized(images), expected, atol=1e-5, rtol=1e-5)
+    torch.save({**model.state_dict(), "pos_embed": torch.zeros(1, 36, 48)}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"pos_embed is \(1, 36, 48\) instead of \(1, 65, 48\)"):
+        prunefront.create_model(models.config("evit", [], larger), checkpoint=tmp_path / "odd.pth")
