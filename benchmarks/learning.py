@@ -36,6 +36,7 @@ from prunefront.ops.tokens import Tokens
 from prunefront.schedule import Step
 from prunefront.training.data import data_config_of, open_split
 from prunefront.training.evaluate import evaluate, pack_correct, unpack_correct
+from prunefront.training.examples import ExampleOptions
 from prunefront.training.loop import train
 from prunefront.training.recipes import Distillation, PruningLoss, Recipe
 from prunefront.training.statistics import paired_interval
@@ -44,7 +45,7 @@ MODEL = ModelSpec(name="digit_vit_patch6_48")
 DATASET = "digit-scenes"
 BLOCKS = (1, 3)
 SHARES = (0.6, 0.35)  # of the dense model's MACs
-METHODS = ("random", "evit", "ppt", "tome", "diffrate", "trilevel", "dynamicvit", "spvit")
+METHODS = ("random", "evit", "ppt", "tome", "diffrate", "trilevel", "trilevel-examples", "dynamicvit", "spvit")
 SEEDS = 3
 EPOCHS = 1  # 72 steps
 
@@ -60,6 +61,10 @@ SELECTION = RECIPE.model_copy(
         "pruning": PruningLoss(ratio_over="image"),
     }
 )
+
+
+# Tri-Level with its third level: a fifth of the training images left out from the start, as its script does.
+EXAMPLES = RECIPE.model_copy(update={"examples": ExampleOptions(initial_removed=0.2)})
 
 
 class RandomDrop(EViT):
@@ -96,8 +101,11 @@ def sites(method: str, ratio: float) -> list[dict[str, Any]]:
 
 def config_of(method: str, share: float) -> PruneConfig | None:
     """The config whose MACs come closest to a share of the dense model's; None where the method cannot get near."""
-    options: dict[str, Any] = {"spvit": {"mode": "fixed"}, "ppt": {"threshold": 1e-3}}.get(method, {})
-    name = "evit" if method == "random" else method
+    attended = {"attn_ratio": 0.5}
+    options: dict[str, Any] = {
+        "spvit": {"mode": "fixed"}, "ppt": {"threshold": 1e-3}, "trilevel": attended, "trilevel-examples": attended,
+    }.get(method, {})  # fmt: skip
+    name = {"random": "evit", "trilevel-examples": "trilevel"}.get(method, method)
     dense = prunefront.macs(PruneConfig(model=MODEL, method="hybrid"))
 
     def at(ratio: float) -> PruneConfig:
@@ -109,20 +117,26 @@ def config_of(method: str, share: float) -> PruneConfig | None:
     return best if abs(prunefront.macs(best) / dense - share) < 0.03 else None
 
 
-def fine_tuned(config: PruneConfig, method: str, seed: int, epochs: int) -> nn.Module:
-    """The demo model under a config, trained with the recipe."""
+def fine_tuned(config: PruneConfig, method: str, seed: int, epochs: int) -> tuple[nn.Module, int]:
+    """The demo model under a config, trained with the recipe; and the steps that it took."""
     torch.manual_seed(seed)  # fresh predictors
     dense = prunefront.create_dense(MODEL, pretrained=True)
     model: Any = prunefront.compress(dense, config)
     if method == "random":
         model._method = RandomDrop()
-    recipe = SELECTION if method in ("dynamicvit", "spvit") else RECIPE
+    recipe = {"dynamicvit": SELECTION, "spvit": SELECTION, "trilevel-examples": EXAMPLES}.get(method, RECIPE)
+    steps = 0
+
+    def count(done: float, total: float, text: str) -> None:
+        nonlocal steps
+        steps = int(done)
+
     with tempfile.TemporaryDirectory() as folder:
         train(
             model, DATASET, epochs=epochs, folder=folder, recipe=recipe, teacher=dense, seed=seed, validates=False,
-            checkpoint_every_s=1e9,
+            checkpoint_every_s=1e9, progress=count,
         )  # fmt: skip
-    return cast(nn.Module, model)
+    return cast(nn.Module, model), steps
 
 
 def run(method: str, share: float, seed: int, epochs: int, note: Callable[[str], None]) -> dict[str, Any] | None:
@@ -131,7 +145,7 @@ def run(method: str, share: float, seed: int, epochs: int, note: Callable[[str],
     if config is None:
         return None
     start_s = time.perf_counter()
-    model = fine_tuned(config, method, seed, epochs)
+    model, steps = fine_tuned(config, method, seed, epochs)
     images = open_split(DATASET, "test", data_config=data_config_of(model), in_memory_mib=512)
     torch.manual_seed(seed)  # random dropping draws at evaluation as well
     evaluation = evaluate(model, images)
@@ -142,6 +156,7 @@ def run(method: str, share: float, seed: int, epochs: int, note: Callable[[str],
         "share": share,
         "seed": seed,
         "epochs": epochs,
+        "steps": steps,
         "macs_share": prunefront.macs(config) / dense,
         "tokens": [block.tokens_out for block in prunefront.token_counts(config).blocks],
         "top1": evaluation.top1,

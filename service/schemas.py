@@ -271,6 +271,7 @@ class MethodPublic(BaseModel):
     ops: list[str] = Field(description="Operations a site may have.")
     options: dict[str, Any] = Field(description="Options with their defaults.")
     needs_class_token: bool = Field(description="Whether every operation ranks tokens by class attention.")
+    needs_training: bool = Field(description="Whether a model has to be trained for it first; no search proposes it.")
 
 
 class Methods(BaseModel):

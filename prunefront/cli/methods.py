@@ -24,6 +24,7 @@ def methods(as_json: AsJson = False) -> None:
                     "ops": list(method.ops),
                     "options": method.parse_options({}),
                     "needs_class_token_for": list(method.ranking_ops),
+                    "needs_training": method.needs_training,
                 }
                 for method in known
             ]
@@ -34,8 +35,9 @@ def methods(as_json: AsJson = False) -> None:
             method.name,
             ", ".join(method.ops),
             ", ".join(f"{name}={value}" for name, value in method.parse_options({}).items()) or None,
+            "train" if method.needs_training else "off the shelf",
             method.paper,
         )
         for method in known
     ]
-    print_table(["method", "operations", "options", "paper"], rows)
+    print_table(["method", "operations", "options", "use", "paper"], rows)

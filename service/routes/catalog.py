@@ -62,6 +62,7 @@ def _method(name: str) -> MethodPublic:
         ops=list(method.ops),
         options=method.parse_options({}),
         needs_class_token=set(method.ops) <= set(method.ranking_ops),
+        needs_training=method.needs_training,
     )
 
 

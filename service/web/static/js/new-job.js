@@ -72,7 +72,7 @@ function fill() {
     get("/devices").then(({ items }) => {
       form.elements.device.replaceChildren(...items.map((item) => option(item.id, item.name === item.id ? item.id : `${item.id} (${item.name})`)));
     }),
-    get("/methods").then(({ items }) => byId("methods").replaceChildren(...items.map(methodBox))),
+    get("/methods").then(({ items }) => byId("methods").replaceChildren(...items.filter((method) => !method.needs_training).map(methodBox))),
   ];
   return Promise.all(filled);
 }
