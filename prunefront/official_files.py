@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from prunefront.checkpoints import read_checkpoint, state_dict_in
 from prunefront.config import ModelSpec
 from prunefront.errors import CheckpointError, ConfigError
 from prunefront.geometry import geometry_for
+from prunefront.methods.diffrate import mean_kept
 from prunefront.registry import get_method
 
 # What the papers report accuracy with: resized to 256/224 of the input, bicubic, centre crop.
@@ -227,7 +227,7 @@ def _vit(state: Mapping[str, Tensor], model: str | None, given: Mapping[str, Any
     depth = _count(state, r"blocks\.(\d+)\.")
     named = None
     if model is not None:
-        named = geometry_for(ModelSpec(name=_timm_name(model)))
+        named = geometry_for(ModelSpec(name=timm_name(model)))
         if (named.embed_dim, named.depth) != (width, depth):
             raise CheckpointError(
                 f"{model} has {named.depth} blocks of width {named.embed_dim}, but {source} has {depth} of width "
@@ -311,7 +311,7 @@ def _swin(state: Mapping[str, Tensor], model: str | None, given: Mapping[str, An
     if "img_size" not in given:
         masks = state.get("layers.0.blocks.1.attn_mask")
         if model is not None:
-            named = geometry_for(ModelSpec(name=_timm_name(model)))
+            named = geometry_for(ModelSpec(name=timm_name(model)))
             described["img_size"] = list(named.img_size)
         elif masks is not None and math.isqrt(len(masks)) ** 2 == len(masks):
             described["img_size"] = math.isqrt(len(masks)) * window * patch
@@ -320,7 +320,8 @@ def _swin(state: Mapping[str, Tensor], model: str | None, given: Mapping[str, An
     return described
 
 
-def _timm_name(model: str) -> str:
+def timm_name(model: str) -> str:
+    """timm's name of a model that a repository calls otherwise; other names as they are."""
     return REPOSITORY_NAMES.get(model, REPOSITORY_NAMES.get(model.lower(), model))
 
 
@@ -386,12 +387,9 @@ def _searched_counts(state: Mapping[str, Tensor], depth: int) -> dict[str, list[
             return {}
         counts[f"{kind}_kept_num"] = [
             math.ceil(
-                float(
-                    (
-                        torch.softmax(state[f"{part}.selected_probability"].float(), dim=-1)
-                        * state[f"{part}.kept_token_candidate"].float()
-                    ).sum()
-                )
+                mean_kept(
+                    state[f"{part}.kept_token_candidate"].float(), state[f"{part}.selected_probability"].float()
+                ).item()
             )
             + 1
             for part in parts
@@ -403,7 +401,7 @@ def _set_transform(built: nn.Module, model: str | None) -> None:
     """The papers' evaluation transform; mean and standard deviation are the named model's."""
     module = cast(Any, built)
     config = dict(module.pretrained_cfg)
-    named = timm.get_pretrained_cfg(_timm_name(model)) if model is not None else None
+    named = timm.get_pretrained_cfg(timm_name(model)) if model is not None else None
     if named is not None:
         config |= {"mean": named.mean, "std": named.std}
     config |= {"crop_pct": PAPERS_CROP_PCT, "interpolation": "bicubic", "crop_mode": "center", "test_crop_pct": None}

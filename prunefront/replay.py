@@ -13,16 +13,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from prunefront.backbones.compressed import TRAINING_EPS, Compressed, aux_of
-from prunefront.backbones.lvvit import LVViT
+from prunefront.backbones.lvvit import AUX_WEIGHT, LVViT
 from prunefront.errors import ConfigError
 from prunefront.methods.base import Aux, Masking, SiteRecord
 from prunefront.methods.dynamicvit import TokenPredictor
 from prunefront.methods.spvit import TokenSelector, shared_heads
 from prunefront.official_swin import replay_swin
-from prunefront.ops.attention import masked_softmax
+from prunefront.ops.attention import attention_logits, masked_softmax
 from prunefront.ops.tokens import Tokens, with_prefix
-
-AUX_WEIGHT = 0.5
 
 
 def replay(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -383,7 +381,7 @@ def _masked_block(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         tokens = Tokens(x=stream, num_prefix=1)
 
         def weigh(state: Any) -> Tensor:
-            maps["attn_logits"] = (state.q * state.scale) @ state.k.transpose(-2, -1)
+            maps["attn_logits"] = attention_logits(state)
             maps["attn"] = masked_softmax(maps["attn_logits"], weights_of.squeeze(-1), float(case["attention_eps"]))
             return maps["attn"]
 

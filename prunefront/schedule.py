@@ -163,14 +163,12 @@ def plan_schedule(config: PruneConfig, geometry: ModelGeometry | None = None) ->
     method.check_geometry(geometry, config.sites)
     blocks = plan_model(method, config.options, config.sites, geometry)
     steps = [step for block in blocks for step in block.steps]
-    # Masks of a Swin in official form may revive tokens, so each image has counts of its own.
-    revives = bool(geometry.stages and steps) and config.options.get("tie") == "official"
     return TokenSchedule(
         method=config.method,
         options=tuple(sorted(config.options.items())),
         num_prefix_tokens=geometry.num_prefix_tokens,
         blocks=blocks,
-        is_static=method.is_static(config.options, steps) and not revives,
+        is_static=method.is_static(config.options, steps, geometry),
     )
 
 

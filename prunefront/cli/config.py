@@ -81,13 +81,14 @@ def new(
     Example: prunefront config new --model deit_small_patch16_224 --method evit --at 3,6,9 --op fuse --keep-ratio 0.7
     """
     from prunefront.cli.options import parse_pairs
-    from prunefront.cli.spellings import MODEL_NAMES, check_spelling, read_spelling
+    from prunefront.cli.spellings import check_spelling, read_spelling
     from prunefront.config import PruneConfig
     from prunefront.geometry import geometry_for
     from prunefront.official import official_sites
+    from prunefront.official_files import timm_name
     from prunefront.registry import get_method
 
-    spec = model_spec(MODEL_NAMES.get(model, model), img_size, num_classes, model_kwarg)
+    spec = model_spec(timm_name(model), img_size, num_classes, model_kwarg)
     amounts = {
         "keep_ratio": keep_ratio,
         "cumulative_keep_ratio": cumulative_keep_ratio,

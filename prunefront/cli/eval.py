@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +24,7 @@ from prunefront.cli.options import (
     parse_img_size,
     parse_pairs,
 )
-from prunefront.cli.output import ProgressCallback, note, print_fields, print_json, progress_bar
+from prunefront.cli.output import note, print_fields, print_json, progress_bar
 from prunefront.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -122,7 +120,7 @@ def evaluate(
     what = what if official is None else str(official[1])
     assert what is not None
     with joined(place) as world:
-        with _bar(f"Loading {what}", world):
+        with progress_bar(f"Loading {what}", shown=world.is_main):
             if official is None:
                 model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
             else:
@@ -316,16 +314,6 @@ def _token_fields(use: TokenUse) -> list[tuple[str, object]]:
     return [(name, " ".join(f"{count:.4g}" for count in counts)) for name, counts in rows.items()]
 
 
-@contextmanager
-def _bar(title: str, world: World) -> Iterator[ProgressCallback | None]:
-    """A progress bar of the process that tells; None in the others."""
-    if not world.is_main:
-        yield None
-        return
-    with progress_bar(title) as progress:
-        yield progress
-
-
 def _evaluate(
     model: nn.Module,
     images: SplitDataset,
@@ -337,7 +325,7 @@ def _evaluate(
 ) -> Evaluation:
     from prunefront.training.evaluate import evaluate as evaluate_model
 
-    with _bar(title, world) as progress:
+    with progress_bar(title, shown=world.is_main) as progress:
         return evaluate_model(
             model, images, batch_size=batch_size, device=device, dtype=dtype, world=world, progress=progress
         )

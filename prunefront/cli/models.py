@@ -11,9 +11,6 @@ from typer.core import TyperGroup
 from prunefront.cli.options import AsJson
 from prunefront.cli.output import note, print_fields, print_json, progress_bar
 
-# timm's modules of plain and rotary Vision Transformers and Swin, and ours.
-MODULES = ("vision_transformer", "deit", "eva", "swin_transformer", "digit_vit", "lvvit")
-
 
 class _ListsByDefault(TyperGroup):
     """``prunefront models deit`` means ``prunefront models list deit``."""
@@ -64,12 +61,12 @@ def models(
     """
     import timm
 
-    import prunefront.backbones  # noqa: F401  (registers what timm lacks)
+    from prunefront.backbones import SUPPORTED_MODULES
     from prunefront.config import ModelSpec, PruneConfig
     from prunefront.errors import ModelError, UnknownNameError
     from prunefront.geometry import geometry_for
 
-    names = sorted(name for module in MODULES for name in timm.list_models(module=module))
+    names = sorted(name for module in SUPPORTED_MODULES for name in timm.list_models(module=module))
     if pattern in names:
         import prunefront
 

@@ -86,8 +86,12 @@ def write_result(path: Path, text: str) -> None:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[ProgressCallback]:
+def progress_bar(title: str, *, shown: bool = True) -> Iterator[ProgressCallback]:
     """Show a bar with the remaining time on stderr while the block runs; nothing where stderr is no terminal.
+
+    Args:
+        title: What is going on.
+        shown: False for processes that leave telling to another one.
 
     Yields:
         A callback ``progress(done, total, message)``; a total of 0 or less shows activity without an end.
@@ -102,7 +106,7 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
         TextColumn("{task.fields[message]}", markup=False),
     )
     console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(title, total=None, message="")
 
         def report(done: float, total: float, message: str) -> None:

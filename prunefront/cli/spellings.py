@@ -68,9 +68,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dynamicvit": {"base_rate": 0.9},
     "trilevel": {"keep_ratio": 0.7},
 }
-MODEL_NAMES: dict[str, str] = {
-    f"deit_{size}_patch16_shrink_base": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")
-} | {"deit-t": "deit_tiny_patch16_224", "deit-s": "deit_small_patch16_224", "deit-b": "deit_base_patch16_224"}
 
 
 def check_spelling(arguments: Sequence[str], own_options: Collection[str] = ()) -> list[str]:

@@ -22,7 +22,6 @@ import typer
 from prunefront.cli.options import AsJson, Checkpoint
 from prunefront.cli.output import (
     JobFailedError,
-    ProgressCallback,
     note,
     print_fields,
     print_json,
@@ -129,7 +128,7 @@ def train(
         name, chosen = _choose_recipe(recipe, document, dataset, epochs, own)
         chosen_dtype: DType = _DTYPES[chosen.amp] if place.type == "cuda" or "amp" in own else "fp32"
         start = _start(document, config, checkpoint, pretrained, job_weights, chosen)
-        with _bar(f"Loading {document.model.name}", world):
+        with progress_bar(f"Loading {document.model.name}", shown=world.is_main):
             model, guide = _models(document, start, seed, chosen, teacher, teacher_checkpoint)
         run = _Training(
             model=model,
@@ -195,7 +194,7 @@ class _Training:
                 f"Training {self.recipe.epochs} epochs with the recipe {self.recipe_name} on {self.world.size} x "
                 f"{self.place.type} in {self.dtype}, into {self.out}"
             )
-        with _signals() as received, _bar("Training", self.world) as progress:
+        with _signals() as received, progress_bar("Training", shown=self.world.is_main) as progress:
             try:
                 return run_loop(
                     self.model,
@@ -248,7 +247,7 @@ class _Training:
         from prunefront.training.errors import StoppedError
         from prunefront.training.outcome import judge
 
-        with _signals() as received, _bar("Testing", self.world) as progress:
+        with _signals() as received, progress_bar("Testing", shown=self.world.is_main) as progress:
             try:
                 return judge(
                     self.model,
@@ -507,15 +506,6 @@ def _teacher(
 
 
 # Terminal -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _bar(title: str, world: World) -> Iterator[ProgressCallback | None]:
-    if not world.is_main:
-        yield None
-        return
-    with progress_bar(title) as progress:
-        yield progress
 
 
 @contextmanager

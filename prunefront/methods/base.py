@@ -239,8 +239,8 @@ class Method(ABC):
         """Tokens that a ratio keeps of ``tokens``. Rounded up on Python floats, as in EViT's official code."""
         return math.ceil(share * tokens)
 
-    def is_static(self, options: Mapping[str, Any], steps: Sequence[Step]) -> bool:
-        """Whether every image keeps the counts of the schedule."""
+    def is_static(self, options: Mapping[str, Any], steps: Sequence[Step], geometry: ModelGeometry) -> bool:
+        """Whether every image of such a model keeps the counts of the schedule."""
         return True
 
     # Tensors -------------------------------------------------------------------------------------------------------

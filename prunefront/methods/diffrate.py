@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from prunefront.methods.base import Call, Method, kept_assignment
 from prunefront.ops.attention import AttentionState, class_scores
@@ -20,6 +21,14 @@ from prunefront.ops.tokens import Tokens
 
 if TYPE_CHECKING:
     from prunefront.schedule import Step
+
+
+def mean_kept(candidates: Tensor, logits: Tensor) -> Tensor:
+    """Mean of the candidate counts under the softmax of their logits, a scalar; rounded up it is a block's count.
+
+    Section 3.2 of the paper; the class token is not counted.
+    """
+    return (logits.softmax(dim=0) * candidates).sum()
 
 
 class DiffRate(Method):
@@ -49,7 +58,6 @@ class DiffRate(Method):
         match = match_tail(tokens.x[:, prefix:], merge.kept)
         patch_size = None if tokens.size is None else tokens.size[:, prefix:]
         merged, merged_size = merge_tail(tokens.x[:, prefix:], patch_size, match)
-        prefix_size = merged_size.new_ones(len(merged), prefix) if tokens.size is None else tokens.size[:, :prefix]
         left = prefix + merge.kept
         if call.recorder is not None:
             stay = torch.arange(left, device=tokens.x.device).expand(len(merged), -1)
@@ -57,6 +65,6 @@ class DiffRate(Method):
             call.recorder.add("merge_mean", assignment, merge_dst=match.destination, merge_sim=match.similarity)
         return tokens.but(
             x=torch.cat((tokens.x[:, :prefix], merged), dim=1),
-            size=torch.cat((prefix_size, merged_size), dim=1),
+            size=torch.cat((tokens.sizes()[:, :prefix], merged_size), dim=1),
             places=None if tokens.places is None else tokens.places[:, :left],
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunefront.methods.base import Call, Masking, Method
-from prunefront.ops.attention import AttentionState, masked_softmax
+from prunefront.ops.attention import AttentionState, attention_logits, masked_softmax
 from prunefront.ops.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class SelectingMethod(Method):
         policy = policy_of(tokens)
 
         def weigh(state: AttentionState) -> Tensor:
-            logits = (state.q * state.scale) @ state.k.transpose(-2, -1)
-            return masked_softmax(logits, policy, masking.eps)
+            return masked_softmax(attention_logits(state), policy, masking.eps)
 
         tokens = tokens.but(x=tokens.x + blocks.weighed_attention(block, tokens, weigh))
         return tokens.but(x=tokens.x + blocks.mlp(block, tokens.x))

@@ -127,7 +127,7 @@ class SPViT(SelectingMethod):
     def least_kept(self, op: str, present: int) -> int:
         return 0  # class token and packages remain
 
-    def is_static(self, options: Mapping[str, Any], steps: Sequence[Step]) -> bool:
+    def is_static(self, options: Mapping[str, Any], steps: Sequence[Step], geometry: ModelGeometry) -> bool:
         return options["mode"] == "fixed" or not steps
 
     def create_predictor(self, geometry: ModelGeometry) -> nn.Module:

@@ -55,7 +55,6 @@ def merge_tokens(tokens: Tokens, match: TokenMatch) -> Tokens:
     prefix = tokens.num_prefix
     patch_size = None if tokens.size is None else tokens.size[:, prefix:]
     merged, merged_size = merge_matched(tokens.x[:, prefix:], patch_size, match)
-    prefix_size = merged_size.new_ones(len(merged), prefix) if tokens.size is None else tokens.size[:, :prefix]
     places = tokens.places
     if places is not None:
         of_patches = places[:, prefix:]
@@ -63,7 +62,7 @@ def merge_tokens(tokens: Tokens, match: TokenMatch) -> Tokens:
         places = torch.cat((places[:, :prefix], kept, of_patches[:, 1 - match.a_offset :: 2]), dim=1)
     return tokens.but(
         x=torch.cat((tokens.x[:, :prefix], merged), dim=1),
-        size=torch.cat((prefix_size, merged_size), dim=1),
+        size=torch.cat((tokens.sizes()[:, :prefix], merged_size), dim=1),
         places=places,
     )
 

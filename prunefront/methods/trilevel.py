@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prunefront.methods.base import Call, Method, MethodOptions, Recorder, kept_assignment
-from prunefront.ops.attention import AttentionState, class_scores
+from prunefront.ops.attention import AttentionState, attention_logits, class_scores
 from prunefront.ops.select import top_tokens
 from prunefront.ops.tokens import Tokens
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prunefront.blocks import Blocks
+    from prunefront.geometry import ModelGeometry
     from prunefront.schedule import Step
 
 
@@ -49,6 +50,10 @@ class TriLevel(Method):
     runs_on_stages = True
     options_model = TriLevelOptions
 
+    def is_static(self, options: Mapping[str, Any], steps: Sequence[Step], geometry: ModelGeometry) -> bool:
+        # Masks of a Swin in official form may revive tokens, so each image has counts of its own.
+        return not (geometry.stages and steps and options["tie"] == "official")
+
     def attention_bias(self, tokens: Tokens, call: Call) -> Tensor | None:
         return tokens.mask
 
@@ -64,7 +69,7 @@ class TriLevel(Method):
 
         def weigh(state: AttentionState) -> Tensor:
             # Here alone the whole map is needed: which connections stay depends on every row of it.
-            logits = (state.q * state.scale) @ state.k.transpose(-2, -1)
+            logits = attention_logits(state)
             if tokens.mask is not None:
                 logits = logits.masked_fill(~tokens.mask, -torch.inf)
             maps.append(logits.float().softmax(dim=-1))

@@ -120,6 +120,11 @@ def attend_with(
     return join_heads(attn, out, x), replace(state, bias=bias)
 
 
+def attention_logits(state: AttentionState) -> Tensor:
+    """Scaled products of all queries and keys, (B, H, N, N), without bias: for those who need the whole map."""
+    return (state.q * state.scale) @ state.k.transpose(-2, -1)
+
+
 def masked_softmax(logits: Tensor, policy: Tensor, eps: float) -> Tensor:
     """Softmax over the tokens that a policy keeps, differentiable in the policy.
 

@@ -21,7 +21,8 @@ from prunefront.compress import compress
 from prunefront.config import PruneConfig
 from prunefront.errors import ModelError
 from prunefront.geometry import ModelGeometry, geometry_of, require_supported
-from prunefront.ops.attention import AttentionState, masked_softmax
+from prunefront.methods.diffrate import mean_kept
+from prunefront.ops.attention import AttentionState, attention_logits, masked_softmax
 from prunefront.ops.merge import assignment_matrix
 from prunefront.ops.tokens import Tokens
 from prunefront.published_schedules import diffrate_sites
@@ -59,7 +60,7 @@ class RateProxy(nn.Module):
         """The count, class token included, as a scalar, and each rank's probability to stay, (patches + 1,)."""
         candidates = cast(Tensor, self.candidates)
         probability = self.logits.softmax(dim=0)
-        mean = (probability * candidates).sum()
+        mean = mean_kept(candidates, self.logits)
         count = mean + (mean.ceil() - mean).detach() + 1
         ranks = torch.arange(int(candidates[0]) + 1, device=mean.device)
         stays = (probability.unsqueeze(0) * (candidates.unsqueeze(0) + 1 > ranks.unsqueeze(1))).sum(dim=1)
@@ -135,7 +136,7 @@ def masked_forward(model: nn.Module, rates: Rates, images: Tensor) -> Tensor:
         def weigh(
             state: AttentionState, size: Tensor = size, mask: Tensor = mask, kept: list[Tensor] = weights
         ) -> Tensor:
-            logits = (state.q * state.scale) @ state.k.transpose(-2, -1) + size.log()[:, None, None, :]
+            logits = attention_logits(state) + size.log()[:, None, None, :]
             kept.append(masked_softmax(logits, mask, EPS))
             return kept[0]
 

@@ -8,6 +8,7 @@ import timm
 from fastapi import APIRouter
 from timm.models import is_model_pretrained
 
+from prunefront.backbones import MODULES_OF_EQUAL_BLOCKS
 from prunefront.errors import DatasetError
 from prunefront.registry import get_method, list_methods
 from prunefront.training.data import dataset_info, list_datasets
@@ -24,10 +25,6 @@ from service.schemas import (
 )
 
 router = APIRouter(tags=["catalog"])
-
-# timm's module of a model says whether it is a plain or rotary ViT without building all thousand of them.
-SUPPORTED_MODULES = ("vision_transformer", "deit", "eva", "lvvit")
-DEMO_MODEL = "digit_vit_patch6_48"
 
 
 @router.get("/models", summary="List models and checkpoints")
@@ -48,7 +45,8 @@ def list_registered_datasets() -> Datasets:
 
 @cache
 def _models() -> list[ModelPublic]:
-    names = sorted({name for module in SUPPORTED_MODULES for name in timm.list_models(module=module)} | {DEMO_MODEL})
+    # A model's module says what kind it is, without building all thousand of them.
+    names = sorted(name for module in MODULES_OF_EQUAL_BLOCKS for name in timm.list_models(module=module))
     return [ModelPublic(name=name, is_pretrained=is_model_pretrained(name)) for name in names]
 
 
