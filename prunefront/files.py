@@ -42,21 +42,37 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises:
         FileWriteError: If the folder or file cannot be written (disk full, no permission); the old file is intact.
     """
+    with replacing_by_name(path) as temporary, temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`replacing` for what writes files itself: gives the name of an empty file beside the target.
+
+    Args:
+        path: Target; its folder is created when missing.
+
+    Raises:
+        FileWriteError: If the folder or file cannot be written (disk full, no permission); the old file is intact.
+    """
     target = Path(path)
     temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(descriptor)
+        yield Path(temporary)
         # mkstemp gives 0600; a result is to be read by whoever may read its folder.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
         temporary = None
+    except FileWriteError:
+        raise
     except OSError as error:
         raise FileWriteError(
             error.errno,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from prunefront.compress import compress
 from prunefront.config import ModelSpec, PruneConfig
-from prunefront.errors import CheckpointError, ConfigError, PrunefrontError
-from prunefront.geometry import build_timm_model
+from prunefront.errors import ConfigError, PrunefrontError
 from prunefront.methods.base import Aux
 from prunefront.methods.spvit import TokenSelector, shared_heads
+from prunefront.official_architecture import build_described, load_described, require_parts, spec_for
 from prunefront.official_files import load_official
 from prunefront.official_swin import swin_from_official
 from prunefront.published_schedules import (
@@ -36,9 +36,6 @@ from prunefront.replay import recorded_input, replay
 
 # Proxies that DiffRate's rate search leaves in its checkpoints; the rates themselves come as lists.
 _DIFFRATE_PROXIES = (".prune_ddp.", ".merge_ddp.")
-
-# Names under which repositories and cases give the backbone's layer-norm epsilon.
-_NORM_EPS = ("layernorm_eps", "layernorm_eps_blocks", "norm_eps")
 
 
 def from_official(
@@ -74,14 +71,9 @@ def from_official(
     }
     is_lvvit = model.get("arch") == "lvvit" or method == "lvvit"
     spec = _lvvit_spec(model) if is_lvvit else _model_spec(model, state)
-    dense = build_timm_model(spec)
-    eps = next((model[name] for name in _NORM_EPS if model.get(name) is not None), None)
-    if eps is not None:
-        for module in dense.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = float(eps)
+    dense = build_described(spec, model)
     if method == "lvvit":
-        _load(dense, state)
+        load_described(dense, state)
         return dense.eval()
     sites, options = official_sites(method, hparams, int(model["depth"]))
     config = PruneConfig.model_validate({"model": spec, "method": method, "sites": sites, "options": options})
@@ -89,25 +81,8 @@ def from_official(
     if method == "spvit":
         selectors = [module for module in compressed.modules() if isinstance(module, TokenSelector)]
         state = shared_heads(state, selectors)
-    _load(compressed, state)
+    load_described(compressed, state)
     return compressed.eval()
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    try:
-        missing, surplus = model.load_state_dict(dict(state), strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"The weights do not fit the architecture given: {' '.join(str(error).split())[:400]}"
-        ) from error
-    # Counters of batch norms say nothing about the function; not every release stores them.
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    problems = [f"{what} {', '.join(names[:3])}" for what, names in (("lack", missing), ("add", surplus)) if names]
-    if problems:
-        raise CheckpointError(
-            f"The weights do not fit the architecture given: they {' and '.join(problems)}. "
-            "Check method and architecture."
-        )
 
 
 def official_sites(method: str, hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -148,10 +123,7 @@ def parse_r(r: int | Sequence[float], depth: int, *, is_pair: bool = False) -> l
 
 def _model_spec(model: Mapping[str, Any], state: Mapping[str, Tensor]) -> ModelSpec:
     """timm's arguments for an architecture; what the weights show beats a missing entry."""
-    needed = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
-    missing = [name for name in needed if name not in model]
-    if missing:
-        raise ConfigError(f"The architecture lacks {', '.join(missing)}. Add what the checkpoint was trained with.")
+    require_parts(model, ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes"))
     distilled = bool(model.get("distilled", "dist_token" in state))
     kwargs: dict[str, Any] = {
         "patch_size": model["patch_size"],
@@ -165,21 +137,12 @@ def _model_spec(model: Mapping[str, Any], state: Mapping[str, Tensor]) -> ModelS
         kwargs["global_pool"] = "avg"
     if "cls_token" not in state:
         kwargs |= {"class_token": False, "global_pool": kwargs.get("global_pool", "avg")}
-    size = model["img_size"]
-    return ModelSpec(
-        name="deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224",
-        kwargs=kwargs,
-        img_size=size if isinstance(size, int) else tuple(size),
-        in_chans=int(model.get("in_chans", 3)),
-        num_classes=int(model["num_classes"]),
-    )
+    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
+    return spec_for(name, kwargs, model)
 
 
 def _lvvit_spec(model: Mapping[str, Any]) -> ModelSpec:
-    needed = ("img_size", "embed_dim", "depth", "num_heads", "num_classes")
-    missing = [name for name in needed if name not in model]
-    if missing:
-        raise ConfigError(f"The architecture lacks {', '.join(missing)}. Add what the checkpoint was trained with.")
+    require_parts(model, ("img_size", "embed_dim", "depth", "num_heads", "num_classes"))
     kwargs = {name: model[name] for name in ("embed_dim", "depth", "num_heads")}
     kwargs |= {
         "patch_size": model.get("patch_size", 16),
@@ -188,14 +151,7 @@ def _lvvit_spec(model: Mapping[str, Any]) -> ModelSpec:
         "skip_lam": model.get("skip_lam", 1.0),
         "stem_width": model.get("stem_width", 64),
     }
-    size = model["img_size"]
-    return ModelSpec(
-        name="lvvit_s",
-        kwargs=kwargs,
-        img_size=size if isinstance(size, int) else tuple(size),
-        in_chans=int(model.get("in_chans", 3)),
-        num_classes=int(model["num_classes"]),
-    )
+    return spec_for("lvvit_s", kwargs, model)
 
 
 def _per_block(value: Any, depth: int, name: str) -> list[Any]:

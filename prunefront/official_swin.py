@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunefront.compress import compress
 from prunefront.config import ModelSpec, PruneConfig
-from prunefront.errors import CheckpointError, ConfigError
-from prunefront.geometry import build_timm_model
+from prunefront.errors import ConfigError
+from prunefront.official_architecture import build_described, load_described, require_parts, spec_for
 
 SWIN_KEEP_RATIO = 0.9
 SWIN_STAGE = 2
@@ -46,18 +46,8 @@ def swin_from_official(
     if "token_prune_ratio" in model:
         hparams = {"token_prune_ratio": model["token_prune_ratio"], **hparams}
     sites = swin_sites(model["depths"], hparams)
-    dense = build_timm_model(spec)
-    eps = model.get("norm_eps", model.get("layernorm_eps"))
-    if eps is not None:
-        for module in dense.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = float(eps)
-    try:
-        dense.load_state_dict(timm_names(weights), strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"The weights do not fit the architecture given: {' '.join(str(error).split())[:400]}"
-        ) from error
+    dense = build_described(spec, model)
+    load_described(dense, timm_names(weights))
     config = PruneConfig.model_validate(
         {"model": spec, "method": "trilevel", "sites": sites, "options": {"tie": "official"}}
     )
@@ -145,28 +135,19 @@ def replay_swin(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
 
 
 def _spec_of(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ModelSpec:
-    needed = ("img_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size", "num_classes")
-    missing = [name for name in needed if name not in model]
-    if missing:
-        raise ConfigError(f"The architecture lacks {', '.join(missing)}. Add what the checkpoint was trained with.")
+    require_parts(model, ("img_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size", "num_classes"))
     if model.get("ape"):
         raise ConfigError("timm's Swin has no absolute position embedding, but got ape=True; train without it.")
     if not model.get("patch_norm", True):
         raise ConfigError("timm's Swin normalises its patches, but got patch_norm=False; train with it.")
-    size = model["img_size"]
-    return ModelSpec(
-        name="swin_tiny_patch4_window7_224",
-        kwargs={
-            "patch_size": model["patch_size"],
-            "embed_dim": model["embed_dim"],
-            "depths": list(model["depths"]),
-            "num_heads": list(model["num_heads"]),
-            "window_size": model["window_size"],
-            "mlp_ratio": model.get("mlp_ratio", 4.0),
-            "qkv_bias": model.get("qkv_bias", "layers.0.blocks.0.attn.qkv.bias" in weights),
-            "drop_path_rate": model.get("drop_path_rate", 0.1),
-        },
-        img_size=size if isinstance(size, int) else tuple(size),
-        in_chans=int(model.get("in_chans", 3)),
-        num_classes=int(model["num_classes"]),
-    )
+    kwargs = {
+        "patch_size": model["patch_size"],
+        "embed_dim": model["embed_dim"],
+        "depths": list(model["depths"]),
+        "num_heads": list(model["num_heads"]),
+        "window_size": model["window_size"],
+        "mlp_ratio": model.get("mlp_ratio", 4.0),
+        "qkv_bias": model.get("qkv_bias", "layers.0.blocks.0.attn.qkv.bias" in weights),
+        "drop_path_rate": model.get("drop_path_rate", 0.1),
+    }
+    return spec_for("swin_tiny_patch4_window7_224", kwargs, model)

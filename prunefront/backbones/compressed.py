@@ -30,14 +30,91 @@ def gumbel_noise(stage: int, scores: Tensor) -> Tensor:
 
 
 class Compressed:
-    """Base of the mixins in front of a backbone's class; needs ``blocks`` and what the abstract parts name."""
+    """Base of the mixins in front of a backbone's class: the call. A backbone adds its walk and its heads.
 
-    blocks_family: ClassVar[Blocks]
+    No ``ABC``: Python refuses to give a model a class whose layout has one in it.
+    """
+
     prune_config: PruneConfig
     _blocks_plan: tuple[BlockSchedule, ...]
     _method: Method
 
-    # What a backbone provides --------------------------------------------------------------------------------------
+    def _walk(
+        self,
+        images: Tensor,
+        schedule: ScheduleLike | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        recording: bool = False,
+        masking: Masking | None = None,
+    ) -> tuple[Tokens, Recorder | None]:
+        """Remaining tokens after the final norm, and what happened to them when ``recording``."""
+        raise NotImplementedError
+
+    def _heads(self, tokens: Tokens) -> Heads:
+        """Pooling and classifiers on the normalised remaining tokens."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor, *, schedule: ScheduleLike | None = None) -> Tensor:
+        """Remaining tokens after the final norm, (B, N, C)."""
+        return self._walk(x, schedule)[0].x
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: feature maps of the whole grid do not exist once tokens are gone."""
+        raise ModelError(
+            "A compressed model has no feature maps per block, since tokens leave on the way. "
+            "Use return_aux=True, or prunefront.uncompress(model) for the dense model."
+        )
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        schedule: ScheduleLike | None = ...,
+        options: Mapping[str, Any] | None = ...,
+        return_aux: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        schedule: ScheduleLike | None = ...,
+        options: Mapping[str, Any] | None = ...,
+        return_aux: Literal[True],
+    ) -> tuple[Tensor, Aux]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        schedule: ScheduleLike | None = None,
+        options: Mapping[str, Any] | None = None,
+        return_aux: bool = False,
+    ) -> Tensor | tuple[Tensor, Aux]:
+        """Logits (B, classes).
+
+        Args:
+            x: Images, (B, channels, height, width).
+            schedule: Other sites of the same method for this call (keep-rate warm-up, elastic training).
+            options: Options of the method to replace for this call, such as Tri-Level's ``attn_ratio``.
+            return_aux: Also return what happened to the tokens.
+        """
+        tokens, recorder = self._walk(x, schedule, options=options, recording=return_aux)
+        heads = self._heads(tokens)
+        return heads.logits if recorder is None else (heads.logits, aux_of(tokens, heads, recorder))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; pickles name the classes it derives from instead.
+        return _new_compressed, type(self).__bases__, cast(nn.Module, self).__dict__
+
+
+class CompressedTransformer(Compressed):
+    """A column of blocks that are all alike; tokens that leave do not come back."""
+
+    blocks_family: ClassVar[Blocks]
 
     def _start(self, images: Tensor) -> Tokens:
         """Tokens entering block 0; the images are checked first."""
@@ -50,12 +127,6 @@ class Compressed:
     def _norm(self, x: Tensor) -> Tensor:
         """The final norm over tokens (B, N, C)."""
         raise NotImplementedError
-
-    def _heads(self, tokens: Tokens) -> Heads:
-        """Pooling and classifiers on the normalised remaining tokens."""
-        raise NotImplementedError
-
-    # What all share ------------------------------------------------------------------------------------------------
 
     def _options(self, changes: Mapping[str, Any] | None) -> dict[str, Any]:
         """The config's options with those replaced that a call names."""
@@ -135,61 +206,6 @@ class Compressed:
                 if tokens.size is not None:
                     recorder.sizes[block_plan.index] = tokens.size
         return tokens.but(x=self._norm(tokens.x)), recorder
-
-    def forward_features(self, x: Tensor, *, schedule: ScheduleLike | None = None) -> Tensor:
-        """Remaining tokens after the final norm, (B, N, C)."""
-        return self._walk(x, schedule)[0].x
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: feature maps of the whole grid do not exist once tokens are gone."""
-        raise ModelError(
-            "A compressed model has no feature maps per block, since tokens leave on the way. "
-            "Use return_aux=True, or prunefront.uncompress(model) for the dense model."
-        )
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        schedule: ScheduleLike | None = ...,
-        options: Mapping[str, Any] | None = ...,
-        return_aux: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        schedule: ScheduleLike | None = ...,
-        options: Mapping[str, Any] | None = ...,
-        return_aux: Literal[True],
-    ) -> tuple[Tensor, Aux]: ...
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        schedule: ScheduleLike | None = None,
-        options: Mapping[str, Any] | None = None,
-        return_aux: bool = False,
-    ) -> Tensor | tuple[Tensor, Aux]:
-        """Logits (B, classes).
-
-        Args:
-            x: Images, (B, channels, height, width).
-            schedule: Other sites of the same method for this call (keep-rate warm-up, elastic training).
-            options: Options of the method to replace for this call, such as Tri-Level's ``attn_ratio``.
-            return_aux: Also return what happened to the tokens.
-        """
-        tokens, recorder = self._walk(x, schedule, options=options, recording=return_aux)
-        heads = self._heads(tokens)
-        return heads.logits if recorder is None else (heads.logits, aux_of(tokens, heads, recorder))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time; pickles name the classes it derives from instead.
-        return _new_compressed, type(self).__bases__, cast(nn.Module, self).__dict__
 
 
 def aux_of(tokens: Tokens, heads: Heads, recorder: Recorder) -> Aux:

@@ -70,13 +70,6 @@ class WindowLayout:
 class CompressedSwinTransformer(Compressed):
     """Mixin in front of timm's ``SwinTransformer``. Made by `prunefront.compress`."""
 
-    def _start(self, images: Tensor) -> Tokens:
-        x = self._embed(images)
-        return Tokens(x=x.flatten(1, 2), num_prefix=0)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return cast(Tensor, cast(SwinTransformer, self).norm(x))
-
     def _heads(self, tokens: Tokens) -> Heads:
         # Pooling does not ask for the grid's shape, so one row does.
         return Heads(logits=cast(SwinTransformer, self).forward_head(tokens.x.unsqueeze(1)))
@@ -176,7 +169,7 @@ class CompressedSwinTransformer(Compressed):
                 x = _run_kept(stage, x, stage_plan, recorder)
         if recorder is not None:
             recorder.origin = _merged_places((height, width), (x.shape[1], x.shape[2]), x.device).expand(batch, -1)
-        return self._norm(x), recorder
+        return cast(Tensor, swin.norm(x)), recorder
 
 
 def _run_kept(stage: Any, x: Tensor, plan: Sequence[BlockSchedule], recorder: Recorder | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunefront import geometry
-from prunefront.backbones.compressed import Compressed
+from prunefront.backbones.compressed import CompressedTransformer
 from prunefront.backbones.heads import Heads
 from prunefront.backbones.lvvit import LVViT
 from prunefront.blocks import Blocks, ViTBlocks
@@ -21,7 +21,7 @@ from prunefront.ops.tokens import Tokens, initial_places
 VIT_BLOCKS: Blocks = ViTBlocks()
 
 
-class CompressedVisionTransformer(Compressed):
+class CompressedVisionTransformer(CompressedTransformer):
     """Mixin in front of a timm ViT class. Made by `prunefront.compress`."""
 
     blocks_family = VIT_BLOCKS

@@ -470,7 +470,6 @@ def _models(
 
 def _learner(model: nn.Module, config: PruneConfig, recipe: Recipe, table: Path | None) -> nn.Module:
     """The model frozen, with counts to learn, under MACs or the latency of a table."""
-    from prunefront.compress import uncompress
     from prunefront.training.rates import RateLearner
 
     assert recipe.rates is not None
@@ -480,7 +479,7 @@ def _learner(model: nn.Module, config: PruneConfig, recipe: Recipe, table: Path 
         from latency_tables.schema import load_table
 
         cost = latency_cost(load_table(table), config.model)
-    return RateLearner(uncompress(model), config, granularity=recipe.rates.granularity, cost=cost)
+    return RateLearner(model, config, granularity=recipe.rates.granularity, cost=cost)
 
 
 def _teacher(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 from timm.data import create_dataset
 
 from prunefront.errors import ConfigError, DatasetError, FileWriteError
-from prunefront.files import require_writable
+from prunefront.files import replacing_by_name, require_writable
 from prunefront.training.dataset_ids import has_image
 from prunefront.training.lmdb_images import (
     LABEL,
@@ -94,38 +92,18 @@ def write_lmdb(
     names = [str(name).replace(os.sep, "/") for name in reader.filenames()]
     total_bytes = sum(_size_of(source / name) for name in names)
     map_size = 2 * total_bytes + len(names) * _SPARE_MAP_BYTES_PER_IMAGE + _SPARE_MAP_BYTES
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-        # A file of its own that nobody else knows: no lock is needed.
-        environment = lmdb.open(temporary, subdir=False, lock=False, map_size=map_size, meminit=False)
+    with replacing_by_name(target) as temporary:
         try:
-            classes = _write_records(environment, source, reader, names, progress)
-            environment.sync(True)
-        finally:
-            environment.close()
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+            # A file of its own that nobody else knows: no lock is needed.
+            environment = lmdb.open(str(temporary), subdir=False, lock=False, map_size=map_size, meminit=False)
+            try:
+                classes = _write_records(environment, source, reader, names, progress)
+                environment.sync(True)
+            finally:
+                environment.close()
+        except lmdb.Error as error:  # a full disk among them
+            raise OSError(None, str(error)) from error
         _require_absent(target, overwrite)
-        os.replace(temporary, target)
-        temporary = None
-    except FileWriteError:
-        raise
-    except (OSError, lmdb.Error) as error:
-        raise FileWriteError(
-            getattr(error, "errno", None),
-            f"Could not write {target}: {getattr(error, 'strerror', None) or error}. Free some space or choose another "
-            "folder; what stood there before is unchanged.",
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
     return LmdbInfo(
         path=str(target),
         num_images=len(names),

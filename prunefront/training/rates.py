@@ -227,7 +227,7 @@ class RateLearner(nn.Module):
         """Freeze ``model`` and give it fresh proxies.
 
         Args:
-            model: A dense plain ViT with a class token.
+            model: A plain ViT with a class token, compressed or not.
             config: A ``diffrate`` config of it; its sites are what is to be learned.
             granularity: Step between the candidates, in tokens.
             cost: What the target is about; MACs when left out.
@@ -237,7 +237,8 @@ class RateLearner(nn.Module):
         """
         super().__init__()
         self.rates = rates_of(model, granularity)
-        self.dense = model.requires_grad_(False)
+        # Compressed once; each evaluation names the counts of now as its schedule.
+        self.model: Any = compress(model, config).requires_grad_(False)
         self.prune_config = config
         self.cost = macs_cost(geometry_of(model)) if cost is None else cost
         everything = next(self.rates.parameters()).new_tensor(float(self.rates.num_tokens))
@@ -246,20 +247,20 @@ class RateLearner(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        return int(cast(Any, self.dense).num_classes)
+        return int(self.model.num_classes)
 
     @property
     def pretrained_cfg(self) -> Any:
-        return cast(Any, self.dense).pretrained_cfg
+        return self.model.pretrained_cfg
 
     @property
     def patch_embed(self) -> Any:
-        return cast(Any, self.dense).patch_embed
+        return self.model.patch_embed
 
     def train(self, mode: bool = True) -> RateLearner:
         """Switch to learning or not; the frozen model stays in eval mode."""
         super().train(mode)
-        self.dense.eval()
+        self.model.eval()
         return self
 
     def learned_config(self) -> PruneConfig:
@@ -268,13 +269,13 @@ class RateLearner(nn.Module):
 
     def compressed(self) -> nn.Module:
         """The model under the counts of now."""
-        return compress(self.dense, self.learned_config())
+        return compress(self.model, self.learned_config())
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, classes), while learning with the cost of the counts as a share of the dense model's."""
         if not self.training:
-            return cast(Tensor, self.compressed().to(images.device).eval()(images))
-        return masked_forward(self.dense, self.rates, images), self.cost(self.rates.counts()) / self.dense_cost
+            return cast(Tensor, self.model(images, schedule=self.rates.sites()))
+        return masked_forward(self.model, self.rates, images), self.cost(self.rates.counts()) / self.dense_cost
 
 
 def rates_of(model: nn.Module, granularity: int = 4) -> Rates:

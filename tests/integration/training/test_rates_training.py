@@ -56,12 +56,12 @@ def share(config: PruneConfig) -> float:
 
 def test_counts_meet_the_target_and_weights_stay(tmp_path: Path) -> None:
     model = learner()
-    before = {name: tensor.clone() for name, tensor in model.dense.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     history = train(model, DATASET, folder=tmp_path, epochs=15, recipe=RECIPE)
     assert share(model.learned_config()) == pytest.approx(0.6, abs=0.05)
     assert history[-1]["loss_cost_share"] == pytest.approx(0.6, abs=0.05)
     assert "search_top1" in history[-1]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.dense.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
 
 
 def test_interrupted_learning_ends_with_the_same_counts(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_command_writes_the_learned_config(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     CONFIG.save("diffrate.json")
-    save_weights(learner().dense, tmp_path / "dense.safetensors")
+    save_weights(prunefront.uncompress(learner().model), tmp_path / "dense.safetensors")
     line = (
         f"train --config diffrate.json --recipe diffrate --dataset {DATASET} --out run --checkpoint dense.safetensors"
     )
@@ -99,7 +99,7 @@ def test_a_table_without_counts_to_learn_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     CONFIG.save("diffrate.json")
-    save_weights(learner().dense, tmp_path / "dense.safetensors")
+    save_weights(prunefront.uncompress(learner().model), tmp_path / "dense.safetensors")
     line = f"train --config diffrate.json --recipe default --dataset {DATASET} --out run --checkpoint dense.safetensors"
     assert run_command([*line.split(), "--table", "table.json", "--batch-size", "8"]) == 2
     assert "--recipe diffrate" in capfd.readouterr().err
