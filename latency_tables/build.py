@@ -28,10 +28,7 @@ from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.interpolation import interpolate
 from latency_tables.measure import (
     STOPPED,
-    TORCH_DTYPES,
     WHOLE,
-    CompiledForward,
-    Forward,
     Lap,
     Measurement,
     MeasureSettings,
@@ -39,14 +36,11 @@ from latency_tables.measure import (
     ShouldStop,
     Stopwatch,
     Subject,
-    cast_modules,
     measure_subjects,
     measuring,
     peak_memory_mib,
-    prepare_model,
     rounds_for,
     stopwatch_for,
-    use_shared_compile_cache,
     warm_up,
     whole_model,
 )
@@ -72,6 +66,7 @@ from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import ModelGeometry, block_key, geometry_of, require_equal_blocks
+from prunefront.runtimes import DTYPES, RUNTIMES, Forward, cast_modules, prepare, use_shared_compile_cache
 from prunefront.schedule import plan_schedule
 
 logger = logging.getLogger(__name__)
@@ -163,10 +158,11 @@ def build_table(
         stopwatch: Injected by tests.
 
     Raises:
-        LatencyTableError: If the device, runtime or dtype cannot be measured, memory does not suffice, or the partial
-            file belongs to another build.
+        LatencyTableError: If this machine has no such device, memory does not suffice, or the partial file belongs to
+            another build.
         MeasurementStoppedError: When stopped; finished entries are in the partial file.
-        ModelError, UnknownNameError: If the model is not supported or unknown.
+        ConfigError: If the runtime does not run on the device.
+        ModelError, UnknownNameError: If the model is not supported; if it, the runtime or the dtype is unknown.
     """
     target = torch_device(device)
     if runtime == "compile":
@@ -229,13 +225,13 @@ class _Build:
         self._skipped_share = 0.0
         self._reported_share = 0.0
         dense = create_dense(spec)
-        self.model = cast(VisionTransformer, cast_modules([dense], TORCH_DTYPES[dtype], device)[0].eval())
+        self.model = cast(VisionTransformer, cast_modules([dense], DTYPES[dtype], device)[0].eval())
         self.geometry: ModelGeometry = geometry_of(self.model)
         require_equal_blocks(self.geometry, spec.name)
         self.frame = Frame.of(self.model)
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, self.geometry.in_chans, *self.geometry.img_size)
-        self.images = torch.randn(shape, generator=generator).to(device=device, dtype=TORCH_DTYPES[dtype])
+        self.images = torch.randn(shape, generator=generator).to(device=device, dtype=DTYPES[dtype])
         self.blocks = cast(Sequence[Block], list(self.model.blocks))
 
     # --- stages ---------------------------------------------------------------------------------------------------
@@ -374,7 +370,7 @@ class _Build:
     # --- subjects -------------------------------------------------------------------------------------------------
 
     def _ready(self, module: nn.Module) -> Forward:
-        return prepare_model(module, self.runtime, self.dtype, str(self.device))
+        return prepare(module, self.runtime, self.dtype, self.device)
 
     def _chain(self, tokens: int, *, sized: bool = False) -> _Planned:
         """Some blocks one after the other on ``tokens`` tokens, a lap per half; other blocks in every sample."""
@@ -450,7 +446,7 @@ class _Build:
 
     def _part(self, module: nn.Module) -> Forward:
         module.eval()
-        return CompiledForward(module, self.device) if self.runtime == "compile" else module
+        return RUNTIMES[self.runtime](module, self.device)
 
     # --- running --------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ model is a subject with one lap; `build` times halves of blocks inside a running
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import gc
@@ -17,12 +16,11 @@ import os
 import random
 import statistics
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -30,15 +28,13 @@ from torch import Tensor, nn
 
 from latency_tables.device import torch_device, usable_threads
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from prunefront.runtimes import DTYPES, Forward, cast_modules, prepare
 
 Lap = Callable[[str], None]
 Subject = Callable[[Lap], object]
 Progress = Callable[[float, float, str], None]
 ShouldStop = Callable[[], bool]
-Forward = Callable[[Tensor], Any]
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MEASURED_RUNTIMES = ("eager", "compile")
 
 STOPPED = "Measuring was stopped on request; start again to go on."
 
@@ -161,84 +157,6 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
     return CudaStopwatch(device) if device.type == "cuda" else WallStopwatch()
-
-
-# --- models ------------------------------------------------------------------------------------------------------
-
-
-def prepare_model(model: nn.Module | Forward, runtime: str, dtype: str, device: str) -> Forward:
-    """Make a model ready to be timed: eval mode, dtype and device, compiled where the runtime says so.
-
-    A model that has the dtype and device already is used as it is (and put into eval mode); any other is copied
-    first. ``compile`` compiles on the first call: static shapes, one graph, on the CPU with the weights frozen into it.
-
-    Raises:
-        LatencyTableError: If the runtime or dtype is not one that can be measured here.
-    """
-    target = torch_device(device)
-    if runtime not in MEASURED_RUNTIMES:
-        raise LatencyTableError(
-            f"Runtime {runtime!r} cannot be measured; choose {' or '.join(MEASURED_RUNTIMES)}, "
-            "or import a table for it."
-        )
-    if dtype not in TORCH_DTYPES:
-        raise LatencyTableError(f"Unknown dtype {dtype!r}; choose one of {', '.join(TORCH_DTYPES)}.")
-    if isinstance(model, nn.Module):
-        model = cast_modules([model], TORCH_DTYPES[dtype], target)[0].eval()
-    return CompiledForward(model, target) if runtime == "compile" else model
-
-
-def cast_modules(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
-    """The modules in ``dtype`` on ``device``: themselves where they are so already, else copies.
-
-    Modules that share parameters (compressed models of one dense model) share them in the copies too, so fifty
-    candidates take the memory of one model.
-    """
-
-    def fits(module: nn.Module) -> bool:
-        tensors = (*module.parameters(), *module.buffers())
-        return all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
-
-    if all(fits(module) for module in modules):
-        return list(modules)
-    return [module.to(device=device, dtype=dtype) for module in copy.deepcopy(list(modules))]
-
-
-class CompiledForward:
-    """A forward compiled with static shapes as one graph; compiling it a second time is an error, not a fallback.
-
-    torch keeps compiled graphs by code object and, beyond eight, silently runs eagerly. Each forward therefore gets a
-    code object of its own: the limit is never met, and no call tries the guards of other models first.
-    """
-
-    def __init__(self, forward: nn.Module | Forward, device: torch.device) -> None:
-        def call(x: Tensor) -> Any:
-            return forward(x)
-
-        own = types.FunctionType(
-            call.__code__.replace(co_name=f"forward_{id(self):x}"), call.__globals__, "forward", None, call.__closure__
-        )
-        options: dict[str, str | int | bool | Callable[..., Any]] | None
-        options = {"freezing": True} if device.type == "cpu" else None
-        self._compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
-        self._checked_calls = 2
-
-    def __call__(self, x: Tensor) -> Any:
-        if not self._checked_calls:
-            # The check below costs microseconds that are not the model's.
-            return self._compiled(x)
-        self._checked_calls -= 1
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            return self._compiled(x)
-
-
-def use_shared_compile_cache() -> Path:
-    """Point torch's compile cache at one folder per user, so that workers and later runs do not compile again.
-
-    A folder chosen by the user (``TORCHINDUCTOR_CACHE_DIR``) is kept.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(home, "prunefront", "inductor")))
 
 
 @contextlib.contextmanager
@@ -490,7 +408,7 @@ def measure_models(
     returned with state ``noisy`` and the reason.
 
     Args:
-        models: Models by key. Modules are prepared (`prepare_model`); other callables must be ready.
+        models: Models by key. Modules are prepared (`prunefront.runtimes.prepare`); other callables must be ready.
         example_inputs: One batch of images, shape (B, C, H, W), or several of one shape that take turns (methods that
             look at the image are as fast as the images let them be). Cast to device and dtype.
         canary: Key of the model that cancels drift and that speed-ups refer to, normally the dense one.
@@ -511,10 +429,10 @@ def measure_models(
     watch = stopwatch or stopwatch_for(target)
     batches = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
     with measuring(target):
-        inputs = [batch.to(device=target, dtype=TORCH_DTYPES[dtype]) for batch in batches]
+        inputs = [batch.to(device=target, dtype=DTYPES[dtype]) for batch in batches]
         # Every warm-up, and so every compilation, is over before the first sample is taken.
         modules = {key: model for key, model in models.items() if isinstance(model, nn.Module)}
-        ready = dict(zip(modules, cast_modules([*modules.values()], TORCH_DTYPES[dtype], target), strict=True))
+        ready = dict(zip(modules, cast_modules([*modules.values()], DTYPES[dtype], target), strict=True))
         subjects: dict[str, Subject] = {}
         memory: dict[str, float | None] = {}
         rounds: dict[str, int] = {}
@@ -523,7 +441,7 @@ def measure_models(
                 raise MeasurementStoppedError(STOPPED)
             if progress is not None:
                 progress(0.5 * number / len(models), 1.0, f"warming up {key}")
-            forward = prepare_model(ready[key], runtime, dtype, device) if key in ready else cast(Forward, model)
+            forward = prepare(ready[key], runtime, dtype, target) if key in ready else cast(Forward, model)
             subjects[key] = whole_model(forward, inputs)
             sample_ms = warm_up(subjects[key], watch, settings)
             memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key))

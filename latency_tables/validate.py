@@ -13,16 +13,12 @@ from torch import nn
 from latency_tables.device import describe_device, torch_device
 from latency_tables.errors import LatencyTableError
 from latency_tables.measure import (
-    MEASURED_RUNTIMES,
-    TORCH_DTYPES,
     Measurement,
     MeasureSettings,
     Progress,
     ShouldStop,
     Stopwatch,
-    cast_modules,
     measure_models,
-    use_shared_compile_cache,
 )
 from latency_tables.predict import check_table_matches, predict_latency_ms, predictor_of
 from latency_tables.schedules import random_configs
@@ -30,6 +26,7 @@ from latency_tables.schema import LatencyTable, ValidationPoint, ValidationRepor
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import geometry_of
+from prunefront.runtimes import DTYPES, RUNTIMES, cast_modules, use_shared_compile_cache
 from prunefront.schedule import plan_schedule
 
 DENSE = "dense"
@@ -71,16 +68,16 @@ def validate_table(
         raise LatencyTableError(
             f"A validation needs at least one schedule and a seed of 0 to 2**32 - 1, but got {num_schedules=}, {seed=}."
         )
-    if table.runtime not in MEASURED_RUNTIMES:
+    if table.runtime not in RUNTIMES:
         raise LatencyTableError(
             f"Table {table.name!r} is for runtime {table.runtime!r}, which cannot be measured here; validate it on its "
-            f"device. Here it may be {' or '.join(MEASURED_RUNTIMES)}."
+            f"device. Here it may be {' or '.join(RUNTIMES)}."
         )
     device = device or ("cuda" if table.device.kind == "cuda" else "cpu")
     info = describe_device(device)
     spec = spec or table.model
     target = torch_device(device)
-    dense = cast_modules([create_dense(spec)], TORCH_DTYPES[table.dtype], target)[0].eval()
+    dense = cast_modules([create_dense(spec)], DTYPES[table.dtype], target)[0].eval()
     geometry = geometry_of(dense)
     check_table_matches(
         table,

@@ -66,7 +66,7 @@ def prepare_device(device: str) -> torch.device:
     import torch
 
     from latency_tables.device import torch_device, usable_threads
-    from latency_tables.measure import use_shared_compile_cache
+    from prunefront.runtimes import use_shared_compile_cache
 
     use_shared_compile_cache()
     target = torch_device(device)

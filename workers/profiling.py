@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from latency_tables.build import build_table, quick_settings
-from latency_tables.measure import TORCH_DTYPES, Forward, Measurement, measure_models, prepare_model
+from latency_tables.measure import Measurement, measure_models
 from latency_tables.validate import validate_table
+from prunefront.runtimes import DTYPES, Forward, prepare
 from prunefront.training.data import DataConfig, SplitName, data_config_of
 from workers.candidate_models import CandidateModels
 from workers.devices import prepare_device
@@ -131,10 +132,8 @@ def _measure_group(
 
 def _with_own_images(model: nn.Module, task: MeasurePayload, device: str) -> Forward:
     """Return a callable that runs a model on images of its own size, whatever it is called with."""
-    batches = [
-        batch.to(device=device, dtype=TORCH_DTYPES[task.dtype]) for batch in _batches(task, data_config_of(model))
-    ]
-    forward = prepare_model(model, task.runtime, task.dtype, device)
+    batches = [batch.to(device=device, dtype=DTYPES[task.dtype]) for batch in _batches(task, data_config_of(model))]
+    forward = prepare(model, task.runtime, task.dtype, torch.device(device))
     turns: Iterator[Tensor] = cycle(batches)
     return lambda images: forward(next(turns))
 

@@ -11,11 +11,9 @@ from latency_tables.measure import (
     LapSamples,
     MeasureSettings,
     WallStopwatch,
-    cast_modules,
     interleave,
     measure_models,
     peak_memory_mib,
-    prepare_model,
     rounds_for,
     summarise,
 )
@@ -220,32 +218,6 @@ def test_measuring_stops_when_asked() -> None:
 def test_the_canary_has_to_be_one_of_the_models() -> None:
     with pytest.raises(LatencyTableError, match="must be one of the models, which are a"):
         measure_models({"a": lambda x: x}, IMAGES, device="cpu", canary="dense")
-
-
-@pytest.mark.parametrize(
-    ("runtime", "dtype", "sentence"),
-    [("tensorrt", "fp32", "import a table for it"), ("eager", "int8", "choose one of fp32, bf16, fp16")],
-)
-def test_what_cannot_be_measured_is_refused(runtime: str, dtype: str, sentence: str) -> None:
-    with pytest.raises(LatencyTableError, match=sentence):
-        prepare_model(nn.Linear(2, 2), runtime, dtype, "cpu")
-
-
-def test_a_model_of_another_dtype_is_copied_and_the_callers_stays() -> None:
-    model = nn.Linear(2, 2)
-    ready = prepare_model(model, "eager", "bf16", "cpu")
-    assert isinstance(ready, nn.Linear)
-    assert ready.weight.dtype == torch.bfloat16
-    assert model.weight.dtype == torch.float32
-    assert prepare_model(model, "eager", "fp32", "cpu") is model
-
-
-def test_copies_of_models_that_share_weights_share_them_too() -> None:
-    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
-    second.weight = first.weight
-    casted = cast_modules([first, second], torch.bfloat16, torch.device("cpu"))
-    assert casted[0].weight is casted[1].weight
-    assert casted[0].weight.dtype == torch.bfloat16
 
 
 def test_rounds_fill_the_target_within_the_range() -> None:

@@ -1,0 +1,154 @@
+"""Runtimes: what runs a model's forward pass, as a callable from images to logits.
+
+``eager`` is torch as it is; ``compile`` is torch.compile with static shapes, on the CPU with the weights packed into
+the graph; ``cudagraph`` replays one recorded CUDA graph; ``onnxruntime`` runs the exported model. All but the first
+prepare themselves on their first call, for the shape of that call, and refuse any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunefront.errors import ConfigError, UnknownNameError
+
+Forward = Callable[[Tensor], Any]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare(model: nn.Module | Forward, runtime: str, dtype: str, device: torch.device) -> Forward:
+    """Make a model ready to run: eval mode, dtype and device, behind the runtime.
+
+    A model that has the dtype and device already is used as it is (and put into eval mode); any other is copied
+    first. Call the result under `torch.inference_mode` (or `torch.no_grad`).
+
+    Args:
+        model: A model from images (B, C, H, W) to logits, or a part of one.
+        runtime: One of `RUNTIMES`.
+        dtype: One of `DTYPES`.
+        device: Where to run.
+
+    Raises:
+        UnknownNameError: If the runtime or the dtype is unknown.
+        ConfigError: If the runtime does not run on the device.
+    """
+    if runtime not in RUNTIMES:
+        raise UnknownNameError.of("runtime", runtime, RUNTIMES, "Others can be imported as latency tables.")
+    if dtype not in DTYPES:
+        raise UnknownNameError.of("dtype", dtype, DTYPES)
+    if isinstance(model, nn.Module):
+        model = cast_modules([model], DTYPES[dtype], device)[0].eval()
+    return RUNTIMES[runtime](model, device)
+
+
+def cast_modules(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
+    """The modules in ``dtype`` on ``device``: themselves where they are so already, else copies.
+
+    Modules that share parameters (compressed models of one dense model) share them in the copies too, so fifty
+    candidates take the memory of one model.
+    """
+
+    def fits(module: nn.Module) -> bool:
+        tensors = (*module.parameters(), *module.buffers())
+        return all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
+
+    if all(fits(module) for module in modules):
+        return list(modules)
+    return [module.to(device=device, dtype=dtype) for module in copy.deepcopy(list(modules))]
+
+
+class CompiledForward:
+    """A forward compiled with static shapes as one graph; compiling it a second time is an error, not a fallback.
+
+    torch keeps compiled graphs by code object and, beyond eight, silently runs eagerly. Each forward therefore gets a
+    code object of its own: the limit is never met, and no call tries the guards of other models first.
+    """
+
+    def __init__(self, forward: nn.Module | Forward, device: torch.device) -> None:
+        def call(x: Tensor) -> Any:
+            return forward(x)
+
+        own = types.FunctionType(
+            call.__code__.replace(co_name=f"forward_{id(self):x}"), call.__globals__, "forward", None, call.__closure__
+        )
+        self._compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        self._freezing = device.type == "cpu"
+        self._checked_calls = 2
+
+    def __call__(self, x: Tensor) -> Any:
+        if not self._checked_calls:
+            # The patches below cost microseconds that are not the model's.
+            return self._compiled(x)
+        self._checked_calls -= 1
+        # Freezing must be on while the graph is traced, not only among the compiler's options: else weights stay
+        # inputs of the graph, nothing is packed, and torch does not say so.
+        with (
+            torch._dynamo.config.patch(error_on_recompile=True),
+            torch._inductor.config.patch(freezing=self._freezing),
+        ):
+            return self._compiled(x)
+
+
+class GraphedForward:
+    """A forward recorded as one CUDA graph: a call copies the images in and replays all kernels by one launch."""
+
+    def __init__(self, forward: nn.Module | Forward, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ConfigError(f"Runtime 'cudagraph' needs a CUDA device, but got {device}; use compile on a CPU.")
+        self._forward = forward
+        self._device = device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._images: Tensor | None = None
+        self._output: Any = None
+
+    def __call__(self, x: Tensor) -> Any:
+        """Logits of ``x``; the tensor is overwritten by the next call."""
+        if self._graph is None or self._images is None:
+            self._record(x)
+        elif x.shape != self._images.shape or x.dtype != self._images.dtype:
+            raise ConfigError(
+                f"This CUDA graph was recorded for images {tuple(self._images.shape)} in {self._images.dtype}, but got "
+                f"{tuple(x.shape)} in {x.dtype}; prepare another one."
+            )
+        assert self._graph is not None and self._images is not None
+        self._images.copy_(x)
+        self._graph.replay()
+        return self._output
+
+    def _record(self, x: Tensor) -> None:
+        self._images = x.clone()
+        # Libraries pick their kernels and workspaces in the first runs, which must not be part of the graph.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._forward(self._images)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = self._forward(self._images)
+
+
+def use_shared_compile_cache() -> Path:
+    """Point torch's compile cache at one folder per user, so that workers and later runs do not compile again.
+
+    A folder chosen by the user (``TORCHINDUCTOR_CACHE_DIR``) is kept.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(home, "prunefront", "inductor")))
+
+
+# Name -> what turns a ready model on a device into a forward of that runtime.
+RUNTIMES: dict[str, Callable[[nn.Module | Forward, torch.device], Forward]] = {
+    "eager": lambda forward, device: forward,
+    "compile": CompiledForward,
+    "cudagraph": GraphedForward,
+}

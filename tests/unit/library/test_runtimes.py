@@ -1,0 +1,70 @@
+"""What runs a forward pass: casting, compiling with packed weights, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from prunefront.errors import ConfigError, UnknownNameError
+from prunefront.runtimes import CompiledForward, cast_modules, prepare
+
+CPU = torch.device("cpu")
+
+
+def test_unknown_runtimes_and_dtypes_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="Unknown runtime 'tensorrt'.*imported as latency tables"):
+        prepare(nn.Linear(2, 2), "tensorrt", "fp32", CPU)
+    with pytest.raises(UnknownNameError, match="Unknown dtype 'int8'.*bf16, fp16, fp32"):
+        prepare(nn.Linear(2, 2), "eager", "int8", CPU)
+
+
+def test_cuda_graphs_are_refused_on_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="'cudagraph' needs a CUDA device, but got cpu"):
+        prepare(nn.Linear(2, 2), "cudagraph", "fp32", CPU)
+
+
+def test_a_model_of_another_dtype_is_copied_and_the_callers_stays() -> None:
+    model = nn.Linear(2, 2)
+    ready = prepare(model, "eager", "bf16", CPU)
+    assert isinstance(ready, nn.Linear)
+    assert ready.weight.dtype == torch.bfloat16
+    assert model.weight.dtype == torch.float32
+    assert prepare(model, "eager", "fp32", CPU) is model
+
+
+def test_copies_of_models_that_share_weights_share_them_too() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    casted = cast_modules([first, second], torch.bfloat16, CPU)
+    assert casted[0].weight is casted[1].weight
+    assert casted[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_a_compiled_forward_packs_its_weights_and_refuses_another_shape() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 16)
+    model = nn.Sequential(linear, nn.GELU()).eval()
+    compiled = CompiledForward(model, CPU)
+    x = torch.randn(4, 16)
+    with torch.inference_mode():
+        expected = model(x)
+        torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+        with pytest.raises(Exception, match="(?i)recompil"):
+            compiled(torch.randn(5, 16))
+        linear.weight.zero_()
+        torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_gives_the_same_result_and_refuses_another_shape() -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU()).eval().to(device)
+    graphed = prepare(model, "cudagraph", "fp32", device)
+    with torch.inference_mode():
+        for _ in range(2):
+            x = torch.randn(4, 16, device=device)
+            torch.testing.assert_close(graphed(x), model(x), atol=1e-5, rtol=1e-5)
+        with pytest.raises(ConfigError, match="recorded for images"):
+            graphed(torch.randn(5, 16, device=device))
