@@ -20,6 +20,7 @@ from prunefront.training.errors import StoppedError
 from prunefront.training.loop import train
 from prunefront.training.recipes import Recipe, TokenLabels
 from tests.integration.training.image_folders import write_images
+from tests.integration.training.test_distributed import torchrun
 from tests.integration.training.test_finetune import stop_after
 
 DATASET = "imagefolder:grey"
@@ -154,3 +155,16 @@ def test_a_model_without_a_classifier_on_tokens_is_refused(capfd: pytest.Capture
 
     assert command(DENSE, spec=vit) == 2
     assert "which only LV-ViT has. Use a config of lvvit_t" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_two_processes_train_even_where_the_token_loss_counts_nothing() -> None:
+    # They wait for the gradient of every parameter, the token classifier's too.
+    config(PRUNED).save("config.json")
+    words = f"train --config config.json --dataset {DATASET} --out run --epochs 1 --batch-size 4 --device cpu --no-test"
+    options = ["--recipe", "lvvit-scratch", "--set", "token_labels.token_weight=0", "--json"]
+
+    done = torchrun("-m", "prunefront", *words.split(), *options)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] > 0
