@@ -356,7 +356,7 @@ def _token_label_loss(case: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
             token_weight=variant["dense_weight"],
             uses_ground_truth=variant["ground_truth"],
         )
-        results.append({"name": variant["name"], "value": float(value)})
+        results.append({"name": variant["name"], "value": float(value.total)})
     return {"variants": results}
 
 

@@ -221,6 +221,7 @@ def aux_of(tokens: Tokens, heads: Heads, recorder: Recorder) -> Aux:
         decisions=recorder.decisions,
         class_logits=heads.logits if heads.class_logits is None else heads.class_logits,
         token_logits=heads.token_logits,
+        token_places=heads.token_places,
         class_tokens=torch.stack(recorder.class_tokens) if recorder.class_tokens else None,
         class_attention=recorder.class_attention,
     )

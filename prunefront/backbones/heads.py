@@ -14,3 +14,4 @@ class Heads:
     logits: Tensor
     class_logits: Tensor | None = None
     token_logits: Tensor | None = None
+    token_places: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from prunefront.backbones.lvvit import LVViT
 from prunefront.blocks import Blocks, ViTBlocks
 from prunefront.errors import InputError, ModelError
 from prunefront.ops.attention import log_size_bias
-from prunefront.ops.tokens import Tokens, initial_places
+from prunefront.ops.tokens import NO_PLACE, Tokens, initial_places
 
 VIT_BLOCKS: Blocks = ViTBlocks()
 
@@ -134,9 +135,11 @@ class CompressedLVViT(CompressedVisionTransformer):
     def _heads(self, tokens: Tokens) -> Heads:
         assert tokens.places is not None
         last = tokens.x.shape[1] - tokens.num_packages
-        is_patch = tokens.places[:, tokens.num_prefix : last] >= 0
+        places = tokens.places[:, tokens.num_prefix : last]
+        is_patch = places >= 0
         if tokens.present is not None:
             is_patch = is_patch & tokens.present[:, tokens.num_prefix : last]
         if tokens.decision is not None:
             is_patch = is_patch & (tokens.decision > 0.5)
-        return cast(LVViT, self).classify(tokens.x, is_patch, tokens.num_packages)
+        heads = cast(LVViT, self).classify(tokens.x, is_patch, tokens.num_packages)
+        return replace(heads, token_places=torch.where(is_patch, places, NO_PLACE))

@@ -461,10 +461,18 @@ def _models(
     model = compress(dense, without_accuracy(config))
     if isinstance(start, Path):
         load_weights(model, start)  # the dense model shares them
+    labels_tokens = recipe.objective == "token-labels"
     if build_objective(recipe, model).needs_teacher:
-        return model, _teacher(dense, config.model, start is not False, teacher, teacher_checkpoint)
+        guide = _teacher(dense, config.model, teacher, teacher_checkpoint)
+        if guide is dense and start is False:
+            raise ConfigError(
+                "This recipe learns from the dense model, whose weights are random here; name a --teacher, start from "
+                f"weights, or add --set {'token_labels.source=image' if labels_tokens else 'distillation=null'}."
+            )
+        return model, guide
     if teacher is not None or teacher_checkpoint is not None:
-        raise ConfigError("This recipe has no teacher; add --set distillation.alpha=0.5 to learn from one.")
+        setting = "token_labels.source=teacher" if labels_tokens else "distillation.alpha=0.5"
+        raise ConfigError(f"This recipe has no teacher; add --set {setting} to learn from one.")
     return model, None
 
 
@@ -482,17 +490,10 @@ def _learner(model: nn.Module, config: PruneConfig, recipe: Recipe, table: Path 
     return RateLearner(model, config, granularity=recipe.rates.granularity, cost=cost)
 
 
-def _teacher(
-    dense: nn.Module, spec: ModelSpec, has_weights: bool, name: str | None, checkpoint: Path | None
-) -> nn.Module:
+def _teacher(dense: nn.Module, spec: ModelSpec, name: str | None, checkpoint: Path | None) -> nn.Module:
     from prunefront.compress import create_dense
 
     if name is None and checkpoint is None:
-        if not has_weights:
-            raise ConfigError(
-                "This recipe learns from the dense model, whose weights are random here; name a --teacher, start from "
-                "weights, or add --set distillation=null."
-            )
         return dense
     if name is not None and name != spec.name:
         # Its own classes, unless a checkpoint brings the student's: timm would give it a fresh head otherwise.

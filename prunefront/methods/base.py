@@ -64,6 +64,8 @@ class Aux:
         class_logits: Logits of the class token alone, (B, classes); equal to the model's where nothing else votes.
         token_logits: Logits of each token from the first patch on, (B, N - prefix, classes), where the backbone has
             such a head (LV-ViT), else None.
+        token_places: Which initial patch, from 0, each of ``token_logits`` is about, (B, N - prefix); -1 for tokens
+            that have no vote: fused, padding, or masked. A merged token stands where the one stood that took others in.
         class_tokens: The first token leaving each block, (depth, B, C), before the final norm.
         class_attention: Head-mean attention of the class token to the patches in the last block, (B, N - prefix); of
             ``trilevel`` alone.
@@ -79,6 +81,7 @@ class Aux:
     decisions: list[Tensor] = field(default_factory=list)
     class_logits: Tensor | None = None
     token_logits: Tensor | None = None
+    token_places: Tensor | None = None
     class_tokens: Tensor | None = None
     class_attention: Tensor | None = None
 

@@ -135,16 +135,26 @@ def selection_loss(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenLabelLoss:
+    """Parts of `token_label_loss`, unweighted but for ``total``; scalars."""
+
+    total: Tensor
+    classification: Tensor
+    tokens: Tensor
+
+
 def token_label_loss(
     logits: Tensor,
     token_logits: Tensor,
     targets: Tensor,
     *,
+    kept: Tensor | None = None,
     mixed_box: tuple[int, int, int, int] = (0, 0, 0, 0),
     class_weight: float = 1.0,
     token_weight: float = 1.0,
     uses_ground_truth: bool = False,
-) -> Tensor:
+) -> TokenLabelLoss:
     """Cross-entropy of the class token and of every patch token against labels of its own.
 
     Section 3.2 of Jiang et al., "All Tokens Matter", NeurIPS 2021 (arXiv:2104.10858); code constants where the paper
@@ -155,6 +165,7 @@ def token_label_loss(
         token_logits: Of the patches, (B, N, classes), MixToken already undone.
         targets: (B, classes, 2 + N): ground truth, soft label of the image, one per token; or (B, classes), the same
             label for the image and all its tokens.
+        kept: Patches that are left and take part, (B, N); None for all.
         mixed_box: Rows and columns (top, left, bottom, right) that MixToken took from the flipped batch.
         class_weight: Of the class token.
         token_weight: Of the patches' mean.
@@ -176,11 +187,16 @@ def token_label_loss(
     own = 1.0 - (bottom - top) * (right - left) / num_tokens
     if own < 1.0:
         image_target = own * image_target + (1.0 - own) * image_target.flip(0)
-    loss = class_weight * functional.cross_entropy(logits.float(), image_target)
-    if token_weight:
-        dense = functional.cross_entropy(token_logits.float().flatten(0, 1), token_targets.flatten(0, 1))
-        loss = loss + token_weight * dense
-    return loss
+    classification = functional.cross_entropy(logits.float(), image_target)
+    # A weight of 0 leaves the tokens in the graph: several processes wait for the gradient of every parameter.
+    per_token = functional.cross_entropy(
+        token_logits.float().flatten(0, 1), token_targets.flatten(0, 1), reduction="none"
+    )
+    taking_part = torch.ones_like(per_token) if kept is None else kept.flatten().to(per_token.dtype)
+    tokens = (per_token * taking_part).sum() / taking_part.sum().clamp(min=1.0)
+    return TokenLabelLoss(
+        total=class_weight * classification + token_weight * tokens, classification=classification, tokens=tokens
+    )
 
 
 def _corrected(soft: Tensor, ground_truth: Tensor) -> Tensor:

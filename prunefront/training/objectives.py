@@ -9,15 +9,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from prunefront.backbones.heads import Heads
+from prunefront.backbones.lvvit import ConvStem, LVViT
 from prunefront.config import PruneConfig
 from prunefront.errors import ConfigError, UnknownNameError
+from prunefront.registry import get_method
 from prunefront.schedule import plan_schedule
-from prunefront.training.losses import finetuning_loss, selection_loss
+from prunefront.training.losses import finetuning_loss, selection_loss, token_label_loss
+from prunefront.training.mix_token import NO_BOX, Box, draw_box, mixed_tokens, on_grid, swap_box
 from prunefront.training.rates import rates_loss
-from prunefront.training.recipes import PruningLoss, RateTarget, Recipe
+from prunefront.training.recipes import PruningLoss, RateTarget, Recipe, TokenLabels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +223,125 @@ class LearnedCounts:
         return Loss(total=total, logits=logits, parts={"cost_share": cost.detach()})
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Labelled:
+    """What `TokenLabelling` keeps of a forward pass; N are all initial patches."""
+
+    logits: Tensor  # the model's, for the training accuracy
+    class_logits: Tensor
+    token_logits: Tensor  # (B, N, classes), swapped back
+    kept: Tensor  # patches that are left, (B, N), swapped back
+    box: Box
+    teacher: Heads | None
+
+
+class TokenLabelling:
+    """LV-ViT's: every token has a label of its own, and images swap tokens; see `losses.token_label_loss`."""
+
+    def __init__(self, recipe: Recipe, config: PruneConfig | None = None) -> None:
+        """Read weights, labels and mixing from the recipe.
+
+        Raises:
+            ConfigError: If the model has no config or a method that learns by masks, or images are mixed already.
+        """
+        self._settings, self._label_smoothing = recipe.token_labels or TokenLabels(), recipe.label_smoothing
+        self.needs_teacher = self._settings.source == "teacher"
+        if config is None:
+            raise ConfigError(
+                "The objective 'token-labels' trains the model of a config. Use prunefront.compress with a config, "
+                "which needs no sites."
+            )
+        if get_method(config.method).masks_in_training:
+            raise ConfigError(
+                f"The objective 'token-labels' trains no predictors, but {config.method} learns its selection. Use the "
+                f"recipe {config.method}, or a config of a method without learned parts."
+            )
+        if self._settings.mix_alpha and (recipe.mixup or recipe.cutmix):
+            raise ConfigError(
+                f"MixToken replaces mixup and cutmix, but the recipe has mixup={recipe.mixup:g} and "
+                f"cutmix={recipe.cutmix:g}. Set both to 0, or token_labels.mix_alpha=0."
+            )
+
+    def forward(self, model: nn.Module, teacher: nn.Module | None, images: Tensor, **options: Any) -> _Labelled:
+        """Run the model on mixed tokens, and the teacher on the images as they are.
+
+        Raises:
+            ConfigError: If the model has no token classifier, or the teacher has none for the same patches.
+        """
+        stem = next((module for module in model.modules() if isinstance(module, ConvStem)), None)
+        if stem is None:
+            raise ConfigError(
+                "The objective 'token-labels' trains a classifier on every token, which only LV-ViT has. Use a config "
+                "of lvvit_t, lvvit_s, lvvit_m or lvvit_l, or the objective 'classification'."
+            )
+        grid = stem.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        box = NO_BOX
+        if model.training and self._settings.mix_alpha:
+            # The loop seeds torch for each batch and process, so a resumed run draws the boxes of a whole one.
+            seed = int(torch.randint(2**63 - 1, ()))
+            box = draw_box(grid, self._settings.mix_alpha, np.random.default_rng(seed))
+        with mixed_tokens(stem, box):
+            logits, aux = model(images, return_aux=True, **options)
+        token_logits, kept = on_grid(aux.token_logits, aux.token_places, grid)
+        return _Labelled(
+            logits=logits,
+            class_logits=aux.class_logits,
+            token_logits=swap_box(token_logits, box).flatten(1, 2),
+            kept=swap_box(kept, box).flatten(1, 2),
+            box=box,
+            teacher=self._ask(teacher, images, grid) if self.needs_teacher else None,
+        )
+
+    def _ask(self, teacher: nn.Module | None, images: Tensor, grid: tuple[int, int]) -> Heads:
+        if not isinstance(teacher, LVViT):
+            got = "none was named" if teacher is None else f"got {type(teacher).__name__}"
+            raise ConfigError(
+                f"Token labels come from a teacher that classifies every token, an LV-ViT, but {got}. Name one, or set "
+                "token_labels.source=image."
+            )
+        with torch.no_grad():
+            heads = teacher.classify(teacher.forward_features(images))
+        assert heads.token_logits is not None
+        if heads.token_logits.shape[1] != grid[0] * grid[1]:
+            raise ConfigError(
+                f"The teacher has {heads.token_logits.shape[1]} tokens for the model's {grid[0]} x {grid[1]} patches. "
+                "Use a dense teacher with the model's patch size."
+            )
+        return heads
+
+    def loss(self, outputs: _Labelled, targets: Tensor) -> Loss:
+        """Cross-entropy of the class token and, on average, of the tokens that are left; the log has both parts."""
+        if targets.ndim == 1:
+            num_classes, smoothing = outputs.class_logits.shape[1], self._label_smoothing
+            targets = functional.one_hot(targets, num_classes) * (1.0 - smoothing) + smoothing / num_classes
+        if outputs.teacher is not None:
+            assert outputs.teacher.token_logits is not None
+            of_image = outputs.teacher.logits.float().softmax(dim=1)
+            of_tokens = outputs.teacher.token_logits.float().softmax(dim=2)
+            targets = torch.cat((torch.stack((targets, of_image), dim=2), of_tokens.transpose(1, 2)), dim=2)
+        parts = token_label_loss(
+            outputs.class_logits,
+            outputs.token_logits,
+            targets,
+            kept=outputs.kept,
+            mixed_box=outputs.box,
+            class_weight=self._settings.class_weight,
+            token_weight=self._settings.token_weight,
+            uses_ground_truth=self._settings.uses_ground_truth,
+        )
+        return Loss(
+            total=parts.total,
+            logits=outputs.logits,
+            parts={"classification": parts.classification, "tokens": parts.tokens},
+        )
+
+
 # Name in a recipe -> how to build it from (recipe, config of the model or None for a dense one).
 OBJECTIVES: dict[str, Callable[[Recipe, Any], Objective]] = {
     "classification": Classification,
     "pruning-distillation": PruningDistillation,
     "kept-counts": LearnedCounts,
+    "token-labels": TokenLabelling,
 }
 
 

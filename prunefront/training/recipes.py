@@ -67,6 +67,18 @@ class RateTarget(StrictModel):
     granularity: Count = Field(4, description="Step between the counts to choose from, in tokens.")
 
 
+class TokenLabels(StrictModel):
+    """The objective ``token-labels`` (LV-ViT), for `losses.token_label_loss`, with MixToken."""
+
+    source: Literal["image", "teacher"] = Field(
+        "image", description="Of the labels: the image's label for every token, or what a dense LV-ViT says of each."
+    )
+    class_weight: NonNegative = 1.0
+    token_weight: NonNegative = Field(1.0, description="Of the mean over the tokens.")
+    uses_ground_truth: bool = Field(False, description="Mix the true label into what the teacher says of the image.")
+    mix_alpha: NonNegative = Field(1.0, description="Of MixToken's Beta distribution; 0 is off.")
+
+
 class KeepRateSchedule(StrictModel):
     """Keep ratios of 1 until ``start_epoch``, then a cosine down to the config's own over ``epochs``."""
 
@@ -122,6 +134,7 @@ class Recipe(StrictModel):
 
     distillation: Distillation | None = Distillation()
     pruning: PruningLoss | None = None
+    token_labels: TokenLabels | None = None
     rates: RateTarget | None = Field(None, description="Learn how many tokens to keep, with frozen weights.")
     keep_rate: KeepRateSchedule | None = None
     examples: ExampleOptions | None = Field(None, description="Leave training images out; null trains on all.")
@@ -152,6 +165,20 @@ _DEIT: dict[str, Any] = {
     "cutmix": 1.0,
     "augmentation": _DEIT_AUGMENTATION,
     "distillation": None,
+}
+_LVVIT: dict[str, Any] = {
+    "methods": _WITHOUT_PREDICTORS,
+    "objective": "token-labels",
+    "amp": "fp16",
+    "clip_grad": None,
+    "warmup_epochs": 5,
+    "warmup_lr": 1e-6,
+    "lr_steps": "epoch",
+    "drop_path": 0.1,
+    "label_smoothing": 0.1,
+    "augmentation": _DEIT_AUGMENTATION,
+    "distillation": None,
+    "token_labels": TokenLabels(),
 }
 
 RECIPES: dict[str, Recipe] = {
@@ -312,6 +339,23 @@ RECIPES: dict[str, Recipe] = {
         drop_path=0.2,
         examples=ExampleOptions(),
     ),
+    # LV-ViT, README: 8 GPUs x 128. The labels that its authors stored are replaced by a teacher's, where one is named.
+    "lvvit-scratch": Recipe(
+        **_LVVIT,
+        start="random",
+        epochs=300,
+        batch_size=128,
+        lr=1.6e-3,
+        lr_batch_size=1024,
+        min_lr=1e-5,
+        weight_decay=0.05,
+        ema_decay=0.99992,
+        evaluates_ema=True,
+    ),
+    # LV-ViT, README for 384 px: 8 GPUs x 64; the rate is constant after the warm-up. It names no number of epochs.
+    "lvvit-finetune": Recipe(
+        **_LVVIT, epochs=30, batch_size=64, lr=5e-6, lr_batch_size=512, min_lr_share=1.0, weight_decay=1e-8
+    ),
 }
 
 # What a script changes for one model: recipe -> beginning of timm's model name -> fields.
@@ -319,6 +363,11 @@ _FOR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "dynamicvit": {"deit_base": {"drop_path": 0.2, "pruning.ratio_weight": 5.0}},
     "spvit": {"deit_base": {"epochs": 60}},
     "trilevel-swin": {"swin_small": {"drop_path": 0.3}},
+    "lvvit-scratch": {
+        "lvvit_m": {"drop_path": 0.2},
+        "lvvit_l": {"drop_path": 0.3, "lr": 1e-3, "augmentation.auto_augment": "rand-n3-m9-mstd0.5-inc1"},
+    },
+    "lvvit-finetune": {"lvvit_m": {"drop_path": 0.2}, "lvvit_l": {"drop_path": 0.3}},
 }
 _OF_DATASETS = {"digit-scenes": "digit-scenes"}
 _OF_METHODS = {
@@ -463,6 +512,7 @@ _SECTIONS: dict[str, type[StrictModel]] = {
     "augmentation": Augmentation,
     "distillation": Distillation,
     "pruning": PruningLoss,
+    "token_labels": TokenLabels,
     "rates": RateTarget,
     "keep_rate": KeepRateSchedule,
     "examples": ExampleOptions,

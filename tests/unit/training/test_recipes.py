@@ -68,6 +68,34 @@ def test_the_papers_with_predictors_hold_the_backbone_back():
     assert dynamicvit.warmup_prefix and dynamicvit.evaluates_ema and not spvit.evaluates_ema
 
 
+def test_lv_vit_is_trained_with_token_labels_and_without_mixed_images():
+    scratch, finetune = RECIPES["lvvit-scratch"], RECIPES["lvvit-finetune"]
+
+    for recipe in (scratch, finetune):
+        assert (recipe.objective, recipe.optimizer, recipe.amp) == ("token-labels", "adamw", "fp16")
+        assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing, recipe.distillation) == (0.0, 0.0, 0.1, None)
+        assert (recipe.warmup_epochs, recipe.warmup_lr, recipe.lr_steps, recipe.clip_grad) == (5, 1e-6, "epoch", None)
+        assert recipe.augmentation is not None and recipe.token_labels is not None
+        assert recipe.augmentation.auto_augment == "rand-m9-mstd0.5-inc1"
+        assert recipe.augmentation.random_erasing == 0.25
+        labels = recipe.token_labels
+        assert (labels.class_weight, labels.token_weight, labels.mix_alpha, labels.source) == (1.0, 1.0, 1.0, "image")
+    assert (scratch.start, scratch.epochs, scratch.weight_decay, scratch.min_lr) == ("random", 300, 0.05, 1e-5)
+    assert scratch.lr * scratch.lr_scale(8) == pytest.approx(1.6e-3)  # 8 GPUs x 128
+    assert (scratch.ema_decay, scratch.evaluates_ema) == (0.99992, True)
+    assert (finetune.start, finetune.weight_decay, finetune.ema_decay) == ("weights", 1e-8, None)
+    assert finetune.lr * finetune.lr_scale(8) == pytest.approx(5e-6)  # 8 GPUs x 64
+
+
+@pytest.mark.parametrize(
+    ("model", "drop_path"), [("lvvit_t", 0.1), ("lvvit_s", 0.1), ("lvvit_m", 0.2), ("lvvit_l", 0.3)]
+)
+def test_larger_lv_vits_skip_more_branches(model, drop_path):
+    assert get_recipe("lvvit-scratch", model).drop_path == drop_path
+    assert get_recipe("lvvit-finetune", model).drop_path == drop_path
+    assert get_recipe("lvvit-scratch", model).lr == (1e-3 if model == "lvvit_l" else 1.6e-3)
+
+
 def test_keep_ratios_come_down_from_epoch_10_to_110_when_training_from_scratch():
     assert RECIPES["evit-scratch"].keep_rate == KeepRateSchedule(start_epoch=10, epochs=100, evaluate_with="current")
     assert RECIPES["trilevel"].keep_rate == KeepRateSchedule(start_epoch=10, epochs=100, evaluate_with="final")
