@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import prunefront
+from latency_tables.predict import predict_latency_ms
+from latency_tables.schema import load_table, save_table
+from prunefront.cli.app import run as run_command
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.errors import ConfigError
 from prunefront.training.checkpoints import CHECKPOINT_NAME, save_weights
@@ -19,6 +23,7 @@ from prunefront.training.loop import train
 from prunefront.training.recipes import PruningLoss, Recipe
 from tests.integration.training.image_folders import write_images
 from tests.integration.training.test_finetune import stop_after
+from tests.unit.latency_tables.fakes import entry, simple_table
 
 DATASET = "imagefolder:grey"
 TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -113,3 +118,55 @@ def test_a_config_without_selection_is_refused(tmp_path: Path) -> None:
             prunefront.compress(dense, config), DATASET, folder=tmp_path, epochs=1, recipe=RECIPE, teacher=dense,
             validates=False,
         )  # fmt: skip
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command that trains spvit from a checkpoint for one epoch, into ``run``, beside a table of its blocks."""
+    monkeypatch.setenv("PRUNEFRONT_DATA_DIR", str(tmp_path / "own"))
+    monkeypatch.chdir(tmp_path)
+    student, dense = pair("spvit", ratio=0.9)
+    student.prune_config.save("spvit.json")
+    save_weights(dense, Path("dense.safetensors"))
+    table = simple_table()
+    # The selection itself costs 4 ms; everything else is 5 ms a token and block, and 6 ms at the ends.
+    save_table(table.evolve(entries=(*table.entries, entry("block.spvit.select", 17, 17, 89.0))), "table.json")
+    save_table(table, "old.json")
+    words = f"train --config spvit.json --dataset {DATASET} --out run --checkpoint dense.safetensors --device cpu"
+    return [*words.split(), "--epochs", "1", "--batch-size", "8", "--set", "repeats=1", "--no-test"]
+
+
+@pytest.mark.parametrize("limit", ["--max-latency-ms 200", "--latency-share 0.767"])
+def test_the_command_trains_to_the_keep_ratios_that_a_table_allows(
+    line: list[str], capfd: pytest.CaptureFixture[str], limit: str
+) -> None:
+    assert run_command([*line, "--table", "table.json", *limit.split()]) == 0
+    assert "predicts 195 ms of the dense model's 261 ms for keep ratios 0.562 from block 1" in capfd.readouterr().err
+    for config in (
+        prunefront.load_config("run/config.json"),
+        prunefront.load_model("run/model.safetensors").prune_config,
+    ):
+        # 115 + 10 k ms for k patches, and a package in both blocks: 8 of them.
+        assert [site.cumulative_keep_ratio for site in config.sites] == [0.562]
+        assert predict_latency_ms(load_table("table.json"), config) == pytest.approx(195.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--table table.json --max-latency-ms 100", "the table reaches down to 115.0 ms, 0.441 of the dense model's"),
+        ("--table table.json --latency-share 1", "so there is nothing to prune"),
+        ("--table old.json --max-latency-ms 200", "no entry 'block.spvit.select'.*Rebuild the table"),
+        ("--table table.json", "need --table and one limit"),
+        ("--max-latency-ms 200", "need --table and one limit"),
+        ("--table table.json --max-latency-ms 200 --latency-share 0.7", "need --table and one limit"),
+        ("--recipe default --max-latency-ms 200", "use them with --recipe dynamicvit or spvit"),
+        ("--recipe default --table table.json", "--recipe diffrate, dynamicvit or spvit"),
+    ],
+)
+def test_a_latency_that_cannot_be_aimed_at_is_refused(
+    line: list[str], capfd: pytest.CaptureFixture[str], more: str, said: str
+) -> None:
+    assert run_command([*line, *more.split()]) == 2
+    assert re.search(said, " ".join(capfd.readouterr().err.split()))
+    assert not Path("run/checkpoint.pt").exists()
