@@ -125,10 +125,13 @@ def train(
 
     Example: prunefront train --config best.json --dataset digit-scenes --out run --epochs 2 --set lr=5e-5
     """
+    from prunefront.compress import compress
     from prunefront.files import require_writable
     from prunefront.training.checkpoints import CHECKPOINT_NAME
     from prunefront.training.data import check_dataset
     from prunefront.training.distributed import joined
+    from prunefront.training.outcome import without_accuracy
+    from prunefront.training.schedules import merged_config
 
     place = _place(device)
     check_dataset(dataset, needs_train=True)
@@ -161,6 +164,8 @@ def train(
         history = run.train(checkpoint_every_steps, tensorboard)
         if chosen.rates is not None:
             run.model = cast(Any, run.model).compressed()
+        if chosen.phases is not None:
+            run.model = compress(run.model, without_accuracy(merged_config(document, chosen.phases.merge_within)))
         if world.is_main:
             run.save()  # before the test, which may be interrupted
         verdict = run.test() if test else None
@@ -283,7 +288,8 @@ class _Training:
 
         compressed = cast(Any, self.model)
         weights = self.out / WEIGHTS_NAME
-        searched = [record for record in history if "search_top1" in record]
+        last_phase = history[-1].get("phase")  # accuracies of those before are of fewer selectors
+        searched = [record for record in history if "search_top1" in record and record.get("phase") == last_phase]
         document: dict[str, Any] = {
             "out": str(self.out),
             "weights": str(weights),
@@ -398,10 +404,11 @@ def _choose_recipe(
 
     name = name or default_recipe_name(dataset, config.method, config.model.name)
     preset = get_recipe(name, config.model.name)
-    check_recipe(preset, config.method, name)
     # The user's own values are taken as they are; the preset's phases have to fit the epochs first.
     wanted = override(preset, own).epochs if epochs is None else epochs
-    return name, override(fit_to_epochs(preset, wanted), {**own, "epochs": wanted})
+    recipe = override(fit_to_epochs(preset, wanted), {**own, "epochs": wanted})
+    check_recipe(recipe, config.method, name)
+    return name, recipe
 
 
 def _within_limit(
