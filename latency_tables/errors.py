@@ -2,6 +2,7 @@
 
 PrunefrontError
 ├── LatencyTableError        a table that is malformed, made for something else, or lacks what is asked of it
+│   └── UnmeasuredTokensError  a schedule needs more or fewer tokens than the table was measured for
 └── MeasurementStoppedError  the caller's ``should_stop`` said so; finished entries are kept in the partial file
 """
 
@@ -12,6 +13,10 @@ from prunefront.errors import PrunefrontError
 
 class LatencyTableError(PrunefrontError, ValueError):
     """A latency table that is malformed, was made for something else, or lacks what is asked of it."""
+
+
+class UnmeasuredTokensError(LatencyTableError):
+    """A schedule that needs more or fewer tokens than the table was measured for."""
 
 
 class MeasurementStoppedError(PrunefrontError, RuntimeError):

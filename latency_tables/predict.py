@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latency_tables.device import DeviceInfo
-from latency_tables.errors import LatencyTableError
+from latency_tables.errors import LatencyTableError, UnmeasuredTokensError
 from latency_tables.interpolation import Curve, Surface
 from latency_tables.parts import (
     ATTENTION,
@@ -156,7 +156,7 @@ class Predictor:
     def _require_measured(self, block: int, tokens_in: int, tokens_out: int) -> None:
         for half, tokens in (("attention", tokens_in), ("MLP", tokens_out)):
             if not self.min_tokens <= tokens <= self.max_tokens:
-                raise LatencyTableError(
+                raise UnmeasuredTokensError(
                     f"The {half} of block {block} works on {tokens} tokens, but table {self.name!r} was measured for "
                     f"{self.min_tokens} to {self.max_tokens}. Rebuild the table from a model whose token counts "
                     f"include {tokens}, or restrict the schedule."

@@ -99,7 +99,18 @@ def train(
     ] = True,
     table: Annotated[
         Path | None,
-        typer.Option(help="Latency table (JSON): the recipe diffrate aims at a share of its latency instead of MACs."),
+        typer.Option(
+            help="Latency table (JSON): the recipe diffrate aims at a share of its latency instead of MACs; dynamicvit "
+            "and spvit get keep ratios that meet a limit."
+        ),
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="With --table, for dynamicvit and spvit: the limit, per pass of the table's batch."),
+    ] = None,
+    latency_share: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="The same limit as a share of the dense model's latency, such as 0.7."),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse images that cannot be decoded instead of leaving them out.")
@@ -114,10 +125,13 @@ def train(
 
     Example: prunefront train --config best.json --dataset digit-scenes --out run --epochs 2 --set lr=5e-5
     """
+    from prunefront.compress import compress
     from prunefront.files import require_writable
     from prunefront.training.checkpoints import CHECKPOINT_NAME
     from prunefront.training.data import check_dataset
     from prunefront.training.distributed import joined
+    from prunefront.training.outcome import without_accuracy
+    from prunefront.training.schedules import merged_config
 
     place = _place(device)
     check_dataset(dataset, needs_train=True)
@@ -126,6 +140,7 @@ def train(
     with joined(place) as world:
         document, job_weights = _read_config(config, out, world)
         name, chosen = _choose_recipe(recipe, document, dataset, epochs, own)
+        document = _within_limit(document, chosen, table, max_latency_ms, latency_share, world)
         chosen_dtype: DType = _DTYPES[chosen.amp] if place.type == "cuda" or "amp" in own else "fp32"
         start = _start(document, config, checkpoint, pretrained, job_weights, chosen)
         with progress_bar(f"Loading {document.model.name}", shown=world.is_main):
@@ -144,13 +159,13 @@ def train(
             world=world,
             on_corrupt="refuse" if strict else "skip",
         )
-        if table is not None and chosen.rates is None:
-            raise ConfigError("--table is for learning kept counts; use it with --recipe diffrate, or leave it out.")
         if chosen.rates is not None:
             run.model = _learner(model, document, chosen, table)
         history = run.train(checkpoint_every_steps, tensorboard)
         if chosen.rates is not None:
             run.model = cast(Any, run.model).compressed()
+        if chosen.phases is not None:
+            run.model = compress(run.model, without_accuracy(merged_config(document, chosen.phases.merge_within)))
         if world.is_main:
             run.save()  # before the test, which may be interrupted
         verdict = run.test() if test else None
@@ -273,7 +288,8 @@ class _Training:
 
         compressed = cast(Any, self.model)
         weights = self.out / WEIGHTS_NAME
-        searched = [record for record in history if "search_top1" in record]
+        last_phase = history[-1].get("phase")  # accuracies of those before are of fewer selectors
+        searched = [record for record in history if "search_top1" in record and record.get("phase") == last_phase]
         document: dict[str, Any] = {
             "out": str(self.out),
             "weights": str(weights),
@@ -388,10 +404,55 @@ def _choose_recipe(
 
     name = name or default_recipe_name(dataset, config.method, config.model.name)
     preset = get_recipe(name, config.model.name)
-    check_recipe(preset, config.method, name)
     # The user's own values are taken as they are; the preset's phases have to fit the epochs first.
     wanted = override(preset, own).epochs if epochs is None else epochs
-    return name, override(fit_to_epochs(preset, wanted), {**own, "epochs": wanted})
+    recipe = override(fit_to_epochs(preset, wanted), {**own, "epochs": wanted})
+    check_recipe(recipe, config.method, name)
+    return name, recipe
+
+
+def _within_limit(
+    config: PruneConfig,
+    recipe: Recipe,
+    table: Path | None,
+    max_latency_ms: float | None,
+    latency_share: float | None,
+    world: World,
+) -> PruneConfig:
+    """The config with keep ratios that meet the latency limit, where learned selection is given one."""
+    limits = [limit for limit in (max_latency_ms, latency_share) if limit is not None]
+    if recipe.objective != "pruning-distillation":
+        if limits:
+            raise ConfigError(
+                "--max-latency-ms and --latency-share choose keep ratios for learned selection; use them with --recipe "
+                "dynamicvit or spvit. The recipe diffrate takes --table and --set rates.cost_share=0.7."
+            )
+        if table is not None and recipe.rates is None:
+            raise ConfigError(
+                "--table is for what is learned for a device; use it with --recipe diffrate, dynamicvit or spvit, or "
+                "leave it out."
+            )
+        return config
+    if table is None and not limits:
+        return config
+    if table is None or len(limits) != 1:
+        raise ConfigError(
+            "Keep ratios for a device need --table and one limit, --max-latency-ms or --latency-share; without any of "
+            "them the config's own are used."
+        )
+    from functools import partial
+
+    from latency_tables.keep_ratios import dense_ms, keep_ratios_within
+    from latency_tables.predict import predict_latency_ms
+    from latency_tables.schema import load_table
+
+    cost = partial(predict_latency_ms, load_table(table))
+    dense = dense_ms(config, cost)
+    chosen = keep_ratios_within(config, cost, limits[0] if latency_share is None else latency_share * dense)
+    if world.is_main:
+        ratios = ", ".join(f"{site.cumulative_keep_ratio:.3f} from block {site.block}" for site in chosen.sites)
+        note(f"The table predicts {cost(chosen):.4g} ms of the dense model's {dense:.4g} ms for keep ratios {ratios}")
+    return chosen
 
 
 def _start(

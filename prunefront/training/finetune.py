@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prunefront.errors import ConfigError
 from prunefront.training.checkpoints import CHECKPOINT_NAME, WEIGHTS_NAME, save_weights
 from prunefront.training.evaluate import DType, Progress, ShouldStop
 from prunefront.training.loop import CHECKPOINT_EVERY_S, Record, train
@@ -70,8 +71,14 @@ def finetune(
         The final weights and the course of the training.
 
     Raises:
+        ConfigError: If the recipe has phases, which may leave sites out.
         PrunefrontError: As `prunefront.training.loop.train`.
     """
+    if recipe is not None and recipe.phases is not None:
+        raise ConfigError(
+            "phases may end with fewer sites than the config has, but fine-tuning keeps its config; set phases=null, "
+            "or use prunefront train."
+        )
     folder = Path(checkpoint_dir)
     history = train(
         model,

@@ -25,6 +25,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from prunefront.compress import compress
 from prunefront.errors import CheckpointError, ConfigError, DatasetError, ModelError
 from prunefront.training.checkpoints import CHECKPOINT_NAME, load_checkpoint, save_checkpoint, save_weights
 from prunefront.training.data import (
@@ -43,7 +44,7 @@ from prunefront.training.logs import RunLog
 from prunefront.training.objectives import build_objective
 from prunefront.training.optimization import Optimization, held_still, set_drop_path
 from prunefront.training.recipes import Recipe, check_recipe
-from prunefront.training.schedules import ScheduledSites, openness
+from prunefront.training.schedules import PhasedSites, ScheduledSites, openness
 
 BEST_NAME = "best.safetensors"
 EMA_NAME = "ema.safetensors"
@@ -104,7 +105,8 @@ def train(
         epochs: Passes over the train split.
         folder: Folder of this run alone: ``checkpoint.pt``, and with validation ``best.safetensors``; with an average,
             ``ema.safetensors`` at the end.
-        recipe: How to train; its own ``epochs`` is only a default for whoever asks.
+        recipe: How to train; its own ``epochs`` is only a default for whoever asks. With its ``phases`` the model
+            keeps all of its selectors; `schedules.merged_config` says which of them the training ends with.
         teacher: The dense model; used when the recipe distils. It may share parameters with ``model``: its weights
             are copied at the start.
         device: Torch device.
@@ -240,6 +242,7 @@ class _Run:
         self.teacher = self._take_teacher(teacher)
         config = getattr(model, "prune_config", None)
         self.sites = None if recipe.keep_rate is None or config is None else ScheduledSites(config)
+        self.phases = None if recipe.phases is None or config is None else PhasedSites(config, recipe.phases, epochs)
         self.optimization = Optimization(
             model, recipe, epochs=epochs, steps_per_epoch=steps_per_epoch, world_size=world.size
         )
@@ -253,7 +256,11 @@ class _Run:
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
         self.parallel: nn.Module = model
         if world.size > 1:
-            self.parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+            self.parallel = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                find_unused_parameters=self.phases is not None,  # selectors that have yet to join
+            )
         # What must be equal for a checkpoint to continue this run and not another.
         self.identity = {
             "config": None if config is None else config.content_hash(),
@@ -328,7 +335,7 @@ class _Run:
             if on_epoch is not None:
                 on_epoch(record, position.epoch_seconds[-1])
         if self.ema is not None and self.world.is_main:
-            save_weights(self.ema.module, self.folder / EMA_NAME)
+            self._save_weights(self.ema.module, EMA_NAME)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
         """What is left of the epoch's batches, for this process."""
@@ -357,9 +364,7 @@ class _Run:
         position, recipe, started = self.position, self.recipe, time.monotonic()
         self.optimization.set_rates(position.step)
         self.optimizer.zero_grad()
-        options: dict[str, Any] = {}
-        if self.sites is not None:
-            options = self.sites.at(self._openness(position.step))
+        options = self._changes()
         losses, num_correct, num_images, parts = 0.0, 0, 0, dict(position.parts)
         for number in range(recipe.accumulate):
             images, labels, index = self._next(batches)
@@ -429,9 +434,13 @@ class _Run:
         if self.ema is not None:
             self.ema.update(self.model)
 
-    def _openness(self, step: int) -> float:
-        assert self.recipe.keep_rate is not None
-        return openness(self.recipe.keep_rate, step, self.steps_per_epoch)
+    def _changes(self) -> dict[str, Any]:
+        """What the model is called with at present beside images."""
+        if self.phases is not None:
+            return self.phases.at(self.phases.phase(self.position.history))
+        if self.sites is not None and self.recipe.keep_rate is not None:
+            return self.sites.at(openness(self.recipe.keep_rate, self.position.step, self.steps_per_epoch))
+        return {}
 
     def _seed_batch(self, number: int) -> None:
         """Seed what stochastic depth, dropout, decisions (torch) and mixup (NumPy) draw from."""
@@ -452,12 +461,15 @@ class _Run:
             "lr": self.optimization.lr,
             **{f"loss_{name}": part / batches for name, part in sums["parts"].items()},
         }
+        if self.phases is not None:
+            record["phase"] = float(self.phases.phase(position.history))
         if self.validation is not None and ((epoch + 1) % self.recipe.validate_every == 0 or epoch + 1 == self.epochs):
             record |= self._validate(self.validation, epoch, should_stop)
         position.history.append(record)
         position.epoch_seconds.append(position.seconds)
         position.place, position.seconds = 0, 0.0
         self._clear_sums()
+        position.parts = {}  # the next phase may have others
         _log.info("epoch finished", extra={"action": "train_epoch", **record})
         if self.split.skipped:
             _log.warning("images skipped", extra={"action": "train", "detail": self.split.describe_skipped()})
@@ -465,10 +477,9 @@ class _Run:
 
     def _validate(self, split: SplitDataset, epoch: int, should_stop: ShouldStop | None) -> Record:
         """Accuracy on the search split; the best weights so far go to their own file."""
-        changes: dict[str, Any] = {}
-        if self.sites is not None and self.recipe.keep_rate is not None and epoch + 1 < self.epochs:
-            if self.recipe.keep_rate.evaluate_with == "current":
-                changes = self.sites.at(self._openness(self.position.step))
+        keep_rate, history = self.recipe.keep_rate, self.position.history
+        is_final = keep_rate is not None and (epoch + 1 == self.epochs or keep_rate.evaluate_with == "final")
+        changes = {} if is_final else self._changes()
         record = self._accuracy(self.model, split, changes, should_stop)
         if not math.isfinite(record["search_loss"]):
             raise self._diverged("search loss", record["search_loss"])
@@ -477,13 +488,29 @@ class _Run:
             averaged = self._accuracy(self.ema.module, split, changes, should_stop)["search_top1"]
             record["ema_search_top1"] = averaged
             candidates.setdefault(averaged, self.ema.module)
-        earlier = [
-            past[name] for past in self.position.history for name in ("search_top1", "ema_search_top1") if name in past
-        ]
+        if self.phases is not None:
+            record["teacher_search_top1"] = self._teacher_top1(split, should_stop)
+            phase = self.phases.phase(history)
+            if not self.phases.is_last(phase):  # fewer selectors than the model will have: no rival of what comes
+                return record
+            history = [past for past in history if past["phase"] == phase]
+        earlier = [past[name] for past in history for name in ("search_top1", "ema_search_top1") if name in past]
         top1 = max(candidates)
         if self.world.is_main and top1 > max(earlier, default=-1.0):
-            save_weights(candidates[top1], self.folder / BEST_NAME)
+            self._save_weights(candidates[top1], BEST_NAME)
         return record
+
+    def _teacher_top1(self, split: SplitDataset, should_stop: ShouldStop | None) -> float:
+        """The teacher's accuracy on the search split, looked at once per run."""
+        for past in self.position.history:
+            if "teacher_search_top1" in past:
+                return past["teacher_search_top1"]
+        assert self.teacher is not None  # what learns selection has one
+        return self._accuracy(self.teacher, split, {}, should_stop)["search_top1"]
+
+    def _save_weights(self, model: nn.Module, name: str) -> None:
+        """Write a model as it is left: without the selectors that merging sites left behind."""
+        save_weights(model if self.phases is None else compress(model, self.phases.final), self.folder / name)
 
     def _accuracy(
         self, model: nn.Module, split: SplitDataset, changes: dict[str, Any], should_stop: ShouldStop | None

@@ -19,11 +19,11 @@ from prunefront.backbones.lvvit import ConvStem, LVViT
 from prunefront.config import PruneConfig
 from prunefront.errors import ConfigError, UnknownNameError
 from prunefront.registry import get_method
-from prunefront.schedule import plan_schedule
 from prunefront.training.losses import finetuning_loss, selection_loss, token_label_loss
 from prunefront.training.mix_token import NO_BOX, Box, draw_box, mixed_tokens, on_grid, swap_box
 from prunefront.training.rates import rates_loss
 from prunefront.training.recipes import PruningLoss, RateTarget, Recipe, TokenLabels
+from prunefront.training.schedules import cumulative_keep_ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Objective(Protocol):
                 it.
             teacher: Dense, in eval mode; gradients through it are switched off here.
             images: (B, C, H, W).
-            options: To be passed on to ``model``: ``schedule`` while keep ratios come down.
+            options: To be passed on to ``model``: ``schedule`` while keep ratios come down or selectors are left out.
 
         Returns:
             Whatever ``loss`` needs.
@@ -106,7 +106,8 @@ class _Selected:
     logits: Tensor  # the model's, for the training accuracy
     class_logits: Tensor
     tokens: Tensor  # or the tokens' logits
-    decisions: list[Tensor]
+    decisions: dict[int, Tensor]  # by the number of the site in the config
+    keep_ratios: tuple[float, ...]  # their targets
     teacher_logits: Tensor
     teacher_tokens: Tensor
     has_token_logits: bool
@@ -118,7 +119,7 @@ class PruningDistillation:
     needs_teacher = True
 
     def __init__(self, recipe: Recipe, config: PruneConfig | None = None) -> None:
-        """Read weights from the recipe and keep ratios from the config.
+        """Read weights from the recipe, and from the config the sites whose keep ratios are aimed at.
 
         Raises:
             ConfigError: If the config has no site that selects.
@@ -129,14 +130,8 @@ class PruningDistillation:
                 "Use a dynamicvit or spvit config, or the objective 'classification'."
             )
         self._weights, self._label_smoothing = recipe.pruning or PruningLoss(), recipe.label_smoothing
-        schedule = plan_schedule(config)
-        initial = schedule.blocks[0].tokens_entering - schedule.num_prefix_tokens
-        self._keep_ratios = [
-            site.cumulative_keep_ratio if site.cumulative_keep_ratio is not None else step.kept / initial
-            for site, step in zip(
-                config.sites, (step for block in schedule.blocks for step in block.steps), strict=True
-            )
-        ]
+        self._config = config
+        self._stages = {site.block: stage for stage, site in enumerate(config.sites)}
 
     def forward(self, model: nn.Module, teacher: nn.Module | None, images: Tensor, **options: Any) -> _Selected:
         """Run the model with masks instead of removal, and the dense teacher for its logits and tokens.
@@ -148,6 +143,9 @@ class PruningDistillation:
             raise ConfigError("The objective 'pruning-distillation' needs the dense model as its teacher. Name one.")
         if not model.training:
             raise ConfigError("The objective 'pruning-distillation' needs eval_mode=false: selection learns by masks.")
+        active = self._config
+        if "schedule" in options:
+            active = active.evolve(sites=options["schedule"])
         logits, aux = model(images, return_aux=True, **options)
         with torch.no_grad():
             teacher_features = teacher.forward_features(images)  # type: ignore[operator]
@@ -165,7 +163,8 @@ class PruningDistillation:
             logits=logits,
             class_logits=aux.class_logits,
             tokens=tokens,
-            decisions=aux.decisions,
+            decisions={self._stages[site.block]: kept for site, kept in zip(active.sites, aux.decisions, strict=True)},
+            keep_ratios=cumulative_keep_ratios(active),
             teacher_logits=teacher_logits,
             teacher_tokens=teacher_tokens,
             has_token_logits=aux.token_logits is not None,
@@ -177,8 +176,8 @@ class PruningDistillation:
             outputs.class_logits,
             outputs.tokens,
             targets,
-            outputs.decisions,
-            self._keep_ratios,
+            list(outputs.decisions.values()),
+            outputs.keep_ratios,
             outputs.teacher_logits,
             outputs.teacher_tokens,
             classification_weight=self._weights.classification_weight,
@@ -188,7 +187,7 @@ class PruningDistillation:
             ratio_over=self._weights.ratio_over,
             label_smoothing=self._label_smoothing,
         )
-        kept = {f"kept_{stage}": decision.detach().mean() for stage, decision in enumerate(outputs.decisions)}
+        kept = {f"kept_{stage}": decision.detach().mean() for stage, decision in outputs.decisions.items()}
         return Loss(
             total=parts.total,
             logits=outputs.logits,

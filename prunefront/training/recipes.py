@@ -89,6 +89,22 @@ class KeepRateSchedule(StrictModel):
     )
 
 
+class SelectorPhases(StrictModel):
+    """SPViT's layer-to-phase training: selectors join one by one, from the last site towards the first.
+
+    At the end neighbouring sites of similar keep ratios are one, and the remaining selectors train together.
+    """
+
+    epochs: Count = Field(5, description="After as many the next selector joins, however good the model is by then.")
+    max_drop: Share | None = Field(
+        0.005, description="It joins sooner once search top-1 is at most this below the teacher's; null: never sooner."
+    )
+    ratio_tolerance: Share = Field(
+        0.02, description="But not while a kept share is further than this above its target."
+    )
+    merge_within: Share = Field(0.05, description="Sites become one where cumulative keep ratios differ by no more.")
+
+
 class Recipe(StrictModel):
     """How to train a compressed model. The default is neutral: AdamW, cosine, the dense model as teacher."""
 
@@ -137,6 +153,7 @@ class Recipe(StrictModel):
     token_labels: TokenLabels | None = None
     rates: RateTarget | None = Field(None, description="Learn how many tokens to keep, with frozen weights.")
     keep_rate: KeepRateSchedule | None = None
+    phases: SelectorPhases | None = Field(None, description="Let selectors join one by one; null trains all at once.")
     examples: ExampleOptions | None = Field(None, description="Leave training images out; null trains on all.")
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(None, description="Null keeps no average.")
     evaluates_ema: bool = Field(False, description="Whether validation looks at the averaged weights too.")
@@ -423,7 +440,7 @@ def default_recipe_name(dataset_id: str, method: str | None = None, model_name: 
 
 
 def check_recipe(recipe: Recipe, method: str | None, name: str = "") -> None:
-    """Refuse a recipe that does not fit a method.
+    """Refuse a recipe that does not fit a method, or whose parts do not fit each other.
 
     Args:
         recipe: The recipe.
@@ -431,7 +448,7 @@ def check_recipe(recipe: Recipe, method: str | None, name: str = "") -> None:
         name: The recipe's name, for the sentence.
 
     Raises:
-        ConfigError: Naming the methods it is for, and the recipe to take instead.
+        ConfigError: Naming the methods it is for and the recipe to take instead, or the parts.
     """
     fits = recipe.methods is None or method in recipe.methods or (method is None and "evit" in recipe.methods)
     if not fits:
@@ -440,6 +457,15 @@ def check_recipe(recipe: Recipe, method: str | None, name: str = "") -> None:
         raise ConfigError(
             f"The recipe {name + ' ' if name else ''}trains {', '.join(recipe.methods)}, but this config's method is "
             f"{method or 'none (a dense model)'}; use --recipe {instead}, or a config of a method it trains."
+        )
+    if recipe.phases is not None and recipe.objective != "pruning-distillation":
+        raise ConfigError(
+            f"phases let learned selectors join one by one, but this training of {method or 'a dense model'} with the "
+            f"objective {recipe.objective!r} has none; set phases=null, or train a dynamicvit or spvit config."
+        )
+    if recipe.phases is not None and recipe.keep_rate is not None:
+        raise ConfigError(
+            "phases and keep_rate both say which tokens are kept in which epoch; set one of them to null."
         )
 
 
@@ -515,6 +541,7 @@ _SECTIONS: dict[str, type[StrictModel]] = {
     "token_labels": TokenLabels,
     "rates": RateTarget,
     "keep_rate": KeepRateSchedule,
+    "phases": SelectorPhases,
     "examples": ExampleOptions,
 }
 

@@ -123,6 +123,30 @@ def test_two_processes_resume_with_everything_on_and_agree_on_the_end() -> None:
     assert first["examples"] == second["examples"] and first["examples"]["events_done"] == 2
 
 
+_PHASED_SCRIPT = """
+import torch
+from pathlib import Path
+from prunefront.training.distributed import joined
+from tests.integration.training.test_selection_training import PHASED, phased
+
+recipe = PHASED.model_copy(update={"batch_size": 4})
+with joined(torch.device("cpu")) as world:
+    student, history = phased(Path("run"), recipe=recipe, world=world)
+    weights = sum(float(p.detach().double().abs().sum()) for p in student.parameters())
+    print("ENDED", [record["phase"] for record in history], weights)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_wait_for_no_selector_that_has_yet_to_join() -> None:
+    Path("script.py").write_text(_PHASED_SCRIPT)
+    done = torchrun("script.py")
+    assert done.returncode == 0, done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.startswith("ENDED")]
+    assert len(ends) == 2 and len(set(ends)) == 1
+    assert ends[0].startswith("ENDED [0.0, 1.0, 2.0, 3.0, 3.0]")
+
+
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place_of_process() == (0, 1, 0)
     world = World()

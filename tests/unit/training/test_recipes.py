@@ -141,6 +141,16 @@ def test_a_recipe_that_does_not_fit_the_method_is_refused():
     check_recipe(RECIPES["evit-finetune"], None)
 
 
+def test_phases_without_selectors_to_join_are_refused():
+    phased = {"phases.epochs": 2}
+    check_recipe(override(RECIPES["spvit"], phased), "spvit")
+    check_recipe(override(RECIPES["dynamicvit"], phased), "dynamicvit")
+    with pytest.raises(ConfigError, match=r"training of evit with the objective 'classification' has none; set phases"):
+        check_recipe(override(RECIPES["default"], phased), "evit")
+    with pytest.raises(ConfigError, match="phases and keep_rate both say"):
+        check_recipe(override(RECIPES["spvit"], {**phased, "keep_rate.epochs": 3}), "spvit")
+
+
 def test_values_are_replaced_by_their_path():
     recipe = override(RECIPES["evit-finetune"], {"lr": 1e-4, "augmentation.random_erasing": 0, "distillation.tau": 2})
 
