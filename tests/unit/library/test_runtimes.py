@@ -1,13 +1,21 @@
 """What runs a forward pass: casting, compiling with packed weights, and what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from prunefront.errors import ConfigError, UnknownNameError
-from prunefront.runtimes import CompiledForward, cast_modules, prepare
+from prunefront.runtimes import CompiledForward, cast_modules, fastest_attention, prepare
 
 CPU = torch.device("cpu")
+
+
+def switches() -> tuple[bool, bool]:
+    """Whether flash kernels are on, and products of attention in reduced precision."""
+    backends: Any = torch.backends.cuda
+    return backends.flash_sdp_enabled(), backends.fp16_bf16_reduction_math_sdp_allowed()
 
 
 def test_unknown_runtimes_and_dtypes_are_refused() -> None:
@@ -24,11 +32,30 @@ def test_cuda_graphs_are_refused_on_the_cpu() -> None:
 
 def test_a_model_of_another_dtype_is_copied_and_the_callers_stays() -> None:
     model = nn.Linear(2, 2)
-    ready = prepare(model, "eager", "bf16", CPU)
-    assert isinstance(ready, nn.Linear)
-    assert ready.weight.dtype == torch.bfloat16
+    assert prepare(model, "eager", "bf16", CPU)(torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert model.weight.dtype == torch.float32
-    assert prepare(model, "eager", "fp32", CPU) is model
+    ready = prepare(model, "eager", "fp32", CPU)
+    with torch.no_grad():
+        model.weight.zero_()
+    assert torch.equal(ready(torch.ones(1, 2)), model.bias.detach().unsqueeze(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_kernel_is_chosen_for_the_call_alone_and_hardly_moves_the_result(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 33, 16).to(dtype)
+    mask = torch.ones(2, 1, 1, 33, dtype=torch.bool)
+    mask[0, :, :, 20:] = False
+    before = switches()
+    with fastest_attention(q):
+        if dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+            assert switches() == (False, True)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert switches() == before
+    logits = (q.double() @ k.double().transpose(-2, -1)) / 4
+    exact = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2  # bf16 has 8 bits, and values reach 4
+    torch.testing.assert_close(attended.double(), exact, atol=tolerance, rtol=0)
 
 
 def test_copies_of_models_that_share_weights_share_them_too() -> None:
