@@ -20,9 +20,11 @@ from prunefront.cli.options import (
     ModelKwargs,
     NumClasses,
     NumImages,
+    Sha256,
     model_spec,
     parse_img_size,
     parse_pairs,
+    weights_file,
 )
 from prunefront.cli.output import note, print_fields, print_json, progress_bar
 from prunefront.errors import ConfigError, DatasetError
@@ -58,13 +60,18 @@ def evaluate(
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
     checkpoint: Checkpoint = None,
+    sha256: Sha256 = None,
     crop_pct: CropPct = None,
     throughput: Annotated[
         bool, typer.Option("--throughput", help="Also measure latency and images/s at this batch size.")
     ] = False,
     official: Annotated[
-        tuple[str, Path] | None,
-        typer.Option("--official", metavar="METHOD FILE", help="Checkpoint of a method's own repository."),
+        tuple[str, str] | None,
+        typer.Option(
+            "--official",
+            metavar="METHOD FILE|URL",
+            help="Checkpoint of a method's own repository; an https address needs --sha256.",
+        ),
     ] = None,
     model_name: Annotated[
         str | None,
@@ -117,14 +124,18 @@ def evaluate(
     # Of several processes, each has the GPU of its own number.
     place = torch_device(f"cuda:{local_rank}" if device == "cuda" and num_processes > 1 else device)
     check_dataset(dataset)  # before weights are looked for, which may take long
-    what = what if official is None else str(official[1])
+    what = what if official is None else official[1]
     assert what is not None
     with joined(place) as world:
+        weights = weights_file(checkpoint if official is None else official[1], sha256, world=world)
         with progress_bar(f"Loading {what}", shown=world.is_main):
             if official is None:
-                model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
+                model, dense = _models(what, img_size, num_classes, model_kwarg, weights)
             else:
-                model, dense = _official(official, model_name, num_heads, img_size, num_classes, model_kwarg, hparam)
+                assert weights is not None
+                model, dense = _official(
+                    official[0], weights, model_name, num_heads, img_size, num_classes, model_kwarg, hparam
+                )
         if against_dense and dense is None:
             raise ConfigError(f"--against-dense compares a compressed model with its dense one, but {what} is dense.")
         transform = data_config_of(model)
@@ -225,7 +236,8 @@ def _models(
 
 
 def _official(
-    official: tuple[str, Path],
+    method: str,
+    path: Path,
     model_name: str | None,
     num_heads: int | None,
     img_size: str | None,
@@ -240,7 +252,6 @@ def _official(
     architecture = parse_pairs(kwargs, "--model-kwarg")
     given = {"num_heads": num_heads, "img_size": parse_img_size(img_size), "num_classes": num_classes}
     architecture |= {name: value for name, value in given.items() if value is not None}
-    method, path = official
     model = load_official(
         method, path, model=model_name, architecture=architecture, hparams=parse_pairs(hparam, "--hparam")
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prunefront.cli.measure import CONFIG_SUFFIXES
-from prunefront.cli.options import AsJson, Checkpoint, Device
+from prunefront.cli.options import AsJson, Checkpoint, Device, Sha256, weights_file
 from prunefront.cli.output import note, print_json, print_table, progress_bar
 from prunefront.errors import ConfigError, CorruptImageError, DatasetError
 
@@ -50,6 +50,7 @@ def visualize(
         typer.Option("--image", help="Image file, or folder of them, instead of a dataset; may be repeated."),
     ] = None,
     checkpoint: Checkpoint = None,
+    sha256: Sha256 = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -78,8 +79,9 @@ def visualize(
         from prunefront.training.data import check_dataset
 
         check_dataset(dataset)  # before weights are looked for, which may take long
+    weights = weights_file(checkpoint, sha256)
     with progress_bar(f"Loading {what}"):
-        model = _load(what, checkpoint).to(place)
+        model = _load(what, weights).to(place)
     data_config = data_config_of(model)
     if paths is not None:
         shown = [_open_file(number, path, data_config) for number, path in enumerate(paths)]
