@@ -20,6 +20,7 @@ from prunefront.cli.options import (
     ModelKwargs,
     NumClasses,
     NumImages,
+    Runtime,
     Sha256,
     model_spec,
     parse_img_size,
@@ -65,6 +66,9 @@ def evaluate(
     throughput: Annotated[
         bool, typer.Option("--throughput", help="Also measure latency and images/s at this batch size.")
     ] = False,
+    runtime: Annotated[
+        Runtime | None, typer.Option("--runtime", help="With --throughput: how the model is executed; eager.")
+    ] = None,
     official: Annotated[
         tuple[str, str] | None,
         typer.Option(
@@ -120,7 +124,12 @@ def evaluate(
         )
     _, num_processes, local_rank = place_of_process()
     if throughput and num_processes > 1:
-        raise ConfigError(f"--throughput measures one process, but torchrun started {num_processes}. Leave it out.")
+        raise ConfigError(
+            f"--throughput times one model that has its machine to itself, but torchrun started {num_processes} "
+            "processes, which slow each other down. Run it without torchrun, or leave --throughput out."
+        )
+    if runtime is not None and not throughput:
+        raise ConfigError("--runtime is what --throughput measures; accuracy is always computed eagerly. Leave it out.")
     # Of several processes, each has the GPU of its own number.
     place = torch_device(f"cuda:{local_rank}" if device == "cuda" and num_processes > 1 else device)
     check_dataset(dataset)  # before weights are looked for, which may take long
@@ -182,7 +191,7 @@ def evaluate(
     if not world.is_main:  # every process knows the result; one tells
         return
     if throughput:
-        document["throughput"] = _throughput(model, dense, images, batch_size, device, dtype)
+        document["throughput"] = _throughput(model, dense, images, batch_size, device, runtime or "eager", dtype)
     skipped = images.describe_skipped()
     if num_processes > 1 and evaluation.num_skipped:
         note(f"Warning: {evaluation.num_skipped} images could not be decoded and were left out.")
@@ -202,7 +211,8 @@ def evaluate(
     ]
     if throughput:
         speed = document["throughput"]
-        fields.append(("latency", f"{speed['median_ms']:.3f} ms per batch of {batch_size} ({speed['state']})"))
+        setting = f"{speed['runtime']}, {speed['state']}"
+        fields.append(("latency", f"{speed['median_ms']:.3f} ms per batch of {batch_size} ({setting})"))
         against = "" if speed["speedup"] is None else f", {speed['speedup']:.2f} × dense"
         fields.append(("throughput", f"{speed['images_per_s']:.0f} images/s{against}"))
     if "dense_top1" in document:
@@ -278,7 +288,13 @@ def _evaluate_counting(
 
 
 def _throughput(
-    model: nn.Module, dense: nn.Module | None, images: SplitDataset, batch_size: int, device: str, dtype: Dtype
+    model: nn.Module,
+    dense: nn.Module | None,
+    images: SplitDataset,
+    batch_size: int,
+    device: str,
+    runtime: Runtime,
+    dtype: Dtype,
 ) -> dict[str, Any]:
     """Latency on images of the split, against the dense model where there is one."""
     from itertools import islice
@@ -296,7 +312,13 @@ def _throughput(
     models = {"model": model} | ({} if dense is None else {"dense": dense})
     with progress_bar("Measuring") as progress:
         measured = measure_models(
-            models, batches, device=device, dtype=dtype, canary="model" if dense is None else "dense", progress=progress
+            models,
+            batches,
+            device=device,
+            runtime=runtime,
+            dtype=dtype,
+            canary="model" if dense is None else "dense",
+            progress=progress,
         )
     figures = {name: value for name, value in asdict(measured["model"]).items() if name not in ("canary_ms", "speedup")}
     median_ms = measured["model"].median_ms
@@ -304,7 +326,7 @@ def _throughput(
     return {
         "batch_size": batch_size,
         "device": device,
-        "runtime": "eager",
+        "runtime": runtime,
         "images_per_s": 1e3 * batch_size / median_ms,
         "dense_median_ms": dense_ms,
         "speedup": None if dense_ms is None else dense_ms / median_ms,
