@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from prunefront.training.data import DataConfig
     from prunefront.visualize import TokenTrace
 
+DOCUMENT_NAME = "tokens.json"
+DOCUMENT_FORMAT = "prunefront/tokens/1"
 DEFAULT_IMAGES = 8
 BATCH = 8  # images per forward pass
 
@@ -57,7 +60,8 @@ def visualize(
     """Draw what becomes of each patch: the image as the model sees it, then one picture per reduction.
 
     Dropped patches are dark, merged ones show their group's mean colour and outline, fused ones are tinted. Writes
-    image_<n>.png, all of them as grid.png, and the same as numbers in tokens.json.
+    image_<n>.png, all of them as grid.png, and the same as numbers in tokens.json. Pictures that the folder's former
+    tokens.json names and this run does not draw are removed; other files stay.
 
     Example: prunefront visualize best.json --dataset digit-scenes --images 4 --out pictures
     """
@@ -72,7 +76,7 @@ def visualize(
         raise ConfigError("--images chooses images and --index names them; give one of the two.")
     if index and image:
         raise ConfigError("--index counts the images of a dataset; with --image name the files alone.")
-    require_writable(out / "tokens.json")
+    require_writable(out / DOCUMENT_NAME)
     place = torch_device(device)
     paths = None if image is None else _files(image, images)
     if dataset is not None:
@@ -91,7 +95,7 @@ def visualize(
     traces = _trace(model, shown, str(place))
     config: Any = model.prune_config
     document: dict[str, Any] = {
-        "format": "prunefront/tokens/1",
+        "format": DOCUMENT_FORMAT,
         "what": what,
         "model": config.model.name,
         "method": config.method,
@@ -110,12 +114,28 @@ def visualize(
             write_atomic(out / f"image_{one.index}.png", png_bytes(pictures[-1]))
             progress(done + 1, len(shown), one.source)
         write_atomic(out / "grid.png", png_bytes(stack_pictures(pictures)))
-    write_atomic(out / "tokens.json", json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
-    note(f"Wrote {len(shown)} pictures, grid.png and tokens.json to {out}")
+    # Before the document that names them goes: a run that is killed here leaves nothing that the next one forgets.
+    stale = _pictures_of(out) - {entry["file"] for entry in document["images"]}
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+    write_atomic(out / DOCUMENT_NAME, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    note(f"Wrote {len(shown)} pictures, grid.png and {DOCUMENT_NAME} to {out}")
+    if stale:
+        note(f"Removed {len(stale)} pictures of the run before")
     if as_json:
         print_json(document)
         return
     _print_counts(document)
+
+
+def _pictures_of(folder: Path) -> set[str]:
+    """Names of the pictures that an earlier run left in a folder, as its document tells."""
+    try:
+        document = json.loads((folder / DOCUMENT_NAME).read_text(encoding="utf-8"))
+        names = [entry["file"] for entry in document["images"] if document["format"] == DOCUMENT_FORMAT]
+        return {name for name in names if re.fullmatch(r"image_\d+\.png", name)}
+    except (FileNotFoundError, LookupError, TypeError, ValueError):  # there is none, or it is not ours
+        return set()
 
 
 def _load(what: str, checkpoint: Path | None) -> nn.Module:

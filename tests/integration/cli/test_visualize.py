@@ -93,6 +93,48 @@ def test_files_of_a_folder_can_be_shown_by_a_saved_model(tmp_path: Path, config:
     assert (out / "image_1.png").is_file()
 
 
+def test_pictures_of_a_longer_run_before_go_and_other_files_stay(
+    tmp_path: Path, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    line = ["visualize", str(config), "--dataset", "digit-scenes", "--out", str(out)]
+    assert run([*line, "--index", "1", "--index", "2", "--index", "3"]) == 0
+    former = (out / "image_2.png").read_bytes()
+    for mine in ("image_99.png", "notes.txt", "image_.png"):
+        (out / mine).write_text("mine")
+
+    capfd.readouterr()
+    assert run([*line, "--index", "2"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"grid.png", "image_2.png", "tokens.json", "image_99.png", "notes.txt", "image_.png"}
+    assert (out / "image_2.png").read_bytes() == former
+    assert "Removed 2 pictures of the run before" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        '{"format": "prunefront/tokens/1", "images": [{"file": "../image_7.png"}, {"file": "cat.png"}]}',
+        '{"format": "other/1", "images": [{"file": "image_7.png"}]}',
+        '{"format": "prunefront/tokens/1", "images": [{"name": "image_7.png"}]}',
+        '[{"file": "image_7.png"}]',
+        "not JSON",
+    ],
+)
+def test_a_document_that_is_not_ours_removes_nothing(tmp_path: Path, config: Path, document: str) -> None:
+    out = tmp_path / "pictures"
+    out.mkdir()
+    mine = [tmp_path / "image_7.png", out / "image_7.png", out / "cat.png"]
+    for path in mine:
+        path.write_text("mine")
+    (out / "tokens.json").write_text(document)
+
+    assert run(["visualize", str(config), "--dataset", "digit-scenes", "--index", "2", "--out", str(out)]) == 0
+
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert json.loads((out / "tokens.json").read_text())["images"][0]["file"] == "image_2.png"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
