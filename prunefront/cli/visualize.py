@@ -13,7 +13,7 @@ import typer
 from prunefront.cli.measure import CONFIG_SUFFIXES
 from prunefront.cli.options import AsJson, Checkpoint, Device, Sha256, weights_file
 from prunefront.cli.output import note, print_json, print_table, progress_bar
-from prunefront.errors import ConfigError, CorruptImageError, DatasetError
+from prunefront.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -197,21 +197,18 @@ def _files(given: list[Path], most: int | None) -> list[Path]:
 
 
 def _open_file(number: int, path: Path, data_config: DataConfig) -> Shown:
-    from PIL import Image
     from timm.data import create_transform
+
+    from prunefront.training.data_sources import decode_image, unreadable_image
 
     channels = data_config.input_size[0]
     if channels not in (1, 3):
         raise DatasetError(f"Image files have 1 or 3 channels, but the model takes {channels}. Use another model.")
     try:
-        with Image.open(path) as opened:
-            decoded = opened.convert("L" if channels == 1 else "RGB")
+        content = path.read_bytes()
     except OSError as error:
-        if error.errno is not None:
-            raise
-        raise CorruptImageError.of(str(path), " ".join(str(error).split())) from error
-    except Exception as error:  # Pillow's decoders raise errors of every kind when the bytes are wrong
-        raise CorruptImageError.of(str(path), " ".join(str(error).split()) or type(error).__name__) from error
+        raise unreadable_image(str(path), error) from error
+    decoded = decode_image(content, lambda: str(path)).convert("L" if channels == 1 else "RGB")
     pixels: Tensor = create_transform(**data_config.to_dict())(decoded)
     return Shown(index=number, source=str(path), label=None, pixels=pixels)
 

@@ -141,7 +141,8 @@ def test_a_document_that_is_not_ours_removes_nothing(tmp_path: Path, config: Pat
         (["--dataset", "digit-scenes", "--index", "99999"], "has images 0 to 4199, but got --index 99999"),
         (["--dataset", "digit-scenes", "--index", "1", "--images", "2"], "give one of the two"),
         (["--image", "missing.png"], "The image missing.png does not exist"),
-        (["--image", "broken.png"], "'broken.png' cannot be decoded"),
+        (["--image", "broken.png"], "The image 'broken.png' cannot be decoded: it has no known image format. Repair"),
+        (["--image", "cut.png"], "The image 'cut.png' cannot be decoded: "),
         (["--image", "empty"], "The folder empty has no image files"),
         (["--image", "broken.png", "--dataset", "digit-scenes"], "only one of the two"),
         ([], "Name images to show"),
@@ -157,6 +158,8 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_bytes(b"no picture")
+    Image.new("RGB", (60, 50)).save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:60])
     Path("empty").mkdir()
 
     assert run(["visualize", str(config), "--out", "pictures", *arguments]) == 2
@@ -164,6 +167,25 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
     error = capfd.readouterr().err
     assert sentence in error
     assert not Path("pictures").exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (60, 50)).save(photo)
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == photo:
+            raise PermissionError(13, "Permission denied", str(photo))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+
+    assert run(["visualize", str(config), "--image", str(photo), "--out", str(tmp_path / "pictures")]) == 2
+
+    assert f"Could not read the image {str(photo)!r}: [Errno 13] Permission denied" in capfd.readouterr().err
 
 
 def test_a_dense_model_has_nothing_to_show(
