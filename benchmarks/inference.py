@@ -190,7 +190,8 @@ def table(run: dict[str, Any]) -> str:
     claimed = CLAIMED.get(run["batch_size"])
     lines = [
         f"{run['model']} {run['dtype']} batch {run['batch_size']}: "
-        f"matmul peak {run['matmul_peak_gflops']:.0f} GFLOP/s, load before {run['load_before']}, {run['num_noisy']} noisy, {run['seconds']:.0f} s"
+        f"matmul peak {run['matmul_peak_gflops']:.0f} GFLOP/s, "
+        f"load before {run['load_before']}, {run['num_noisy']} noisy, {run['seconds']:.0f} s"
         + (f"; claimed conversion {claimed}" if claimed else ""),
         f"  {'':12} {'runtime':12} {'ms':>9} {'IQR':>6} {'images/s':>9} {'MACs':>7} {'speed-up':>8} {'convers.':>8} "
         f"{'of peak':>7} {'over ref':>8} {'MiB':>6}",

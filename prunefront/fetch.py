@@ -75,6 +75,25 @@ def fetch(
     return target
 
 
+def fetch_cached(
+    url: str,
+    *,
+    sha256: str,
+    transport: httpx.BaseTransport | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """`fetch` into torch's cache of weights (``TORCH_HOME``), once per hash and name.
+
+    Raises:
+        As `fetch` does.
+    """
+    import torch
+
+    name = url.partition("?")[0].partition("#")[0].rsplit("/", 1)[-1] or "weights"
+    target = Path(torch.hub.get_dir()) / "checkpoints" / sha256.strip().lower() / name
+    return fetch(url, target, sha256=sha256, transport=transport, progress=progress)
+
+
 def _download(client: Any, address: Any, target: Path, expected: str, progress: Progress | None) -> None:
     url = str(address)
     for _ in range(MAX_REDIRECTS + 1):

@@ -19,7 +19,7 @@ from prunefront.methods.base import Aux
 from prunefront.methods.spvit import TokenSelector, shared_heads
 from prunefront.official_architecture import build_described, load_described, require_parts, spec_for
 from prunefront.official_files import load_official
-from prunefront.official_swin import swin_from_official
+from prunefront.official_swin import swin_from_official, swin_sites
 from prunefront.published_schedules import (
     DYNAMICVIT_RATE,
     EVIT_LOCATIONS,
@@ -61,8 +61,7 @@ def from_official(
     if method != "lvvit":
         get_method(method)
     if "depths" in model:
-        if method != "trilevel":
-            raise ConfigError(f"Swin was pruned by trilevel alone, but got {method!r}. Use another architecture.")
+        _require_trilevel(method)
         return swin_from_official(model, hparams, weights)
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -85,12 +84,22 @@ def from_official(
     return compressed.eval()
 
 
-def official_sites(method: str, hparams: Mapping[str, Any], depth: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def official_sites(
+    method: str, hparams: Mapping[str, Any], depth: int | Sequence[int]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Sites and options for a repository's hyper-parameters (see `from_official`).
 
+    Args:
+        method: As in `from_official`.
+        hparams: Hyper-parameters.
+        depth: Blocks; of a Swin, per stage.
+
     Raises:
-        ConfigError: If one is unknown, missing or cannot be right.
+        ConfigError: If one is unknown, missing or cannot be right, or the method has no Swin.
     """
+    if not isinstance(depth, int):
+        _require_trilevel(method)
+        return swin_sites(depth, hparams)
     if method not in _SITES:
         raise ConfigError(f"Method {method!r} has no repository of its own; official ones are {', '.join(_SITES)}.")
     try:
@@ -103,6 +112,11 @@ def official_sites(method: str, hparams: Mapping[str, Any], depth: int) -> tuple
         raise ConfigError(
             f"The hyper-parameters of {method} cannot be used: {error}. Correct {dict(hparams)}."
         ) from error
+
+
+def _require_trilevel(method: str) -> None:
+    if method != "trilevel":
+        raise ConfigError(f"Swin was pruned by trilevel alone, but got {method!r}. Use another architecture.")
 
 
 def parse_r(r: int | Sequence[float], depth: int, *, is_pair: bool = False) -> list[int]:

@@ -21,7 +21,7 @@ SWIN_STAGE = 2
 SWIN_AFTER_BLOCKS = (1, 2, 3)  # of the stage
 
 _BUFFERS = ("relative_position_index", "attn_mask")  # timm computes them itself
-_OPTIONAL = ("after_blocks_in_stage", "stage", "token_prune_ratio")
+_OPTIONAL = ("after_blocks_in_stage", "attn_ratio", "keep_ratio", "stage", "token_prune_ratio")
 _NOTES = {"score", "rounding", "comparison", "mask_eps"}  # what cases document beside the parameters
 
 
@@ -34,7 +34,8 @@ def swin_from_official(
         model: Architecture: ``img_size``, ``patch_size``, ``embed_dim``, ``depths``, ``num_heads``, ``window_size``,
             ``num_classes``; optionally ``mlp_ratio``, ``qkv_bias``, ``in_chans``, ``norm_eps``, ``drop_path_rate``,
             ``token_prune_ratio``.
-        hparams: ``token_prune_ratio`` (0.9), ``stage`` (2), ``after_blocks_in_stage`` (1, 2, 3); may be empty.
+        hparams: ``token_prune_ratio`` (0.9; or ``keep_ratio``, as the repository's DeiT has it), ``stage`` (2),
+            ``after_blocks_in_stage`` (1, 2, 3), ``attn_ratio`` (1, as Swin has no attention level); may be empty.
         weights: State dict under the repository's names; its buffers are left out.
 
     Raises:
@@ -43,19 +44,19 @@ def swin_from_official(
         CheckpointError: If the weights do not fit the architecture.
     """
     spec = _spec_of(model, weights)
-    if "token_prune_ratio" in model:
+    if "token_prune_ratio" in model and "keep_ratio" not in hparams:
         hparams = {"token_prune_ratio": model["token_prune_ratio"], **hparams}
-    sites = swin_sites(model["depths"], hparams)
+    sites, options = swin_sites(model["depths"], hparams)
     dense = build_described(spec, model)
     load_described(dense, timm_names(weights))
-    config = PruneConfig.model_validate(
-        {"model": spec, "method": "trilevel", "sites": sites, "options": {"tie": "official"}}
-    )
+    config = PruneConfig.model_validate({"model": spec, "method": "trilevel", "sites": sites, "options": options})
     return compress(dense, config).eval()
 
 
-def swin_sites(depths: Sequence[int], hparams: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The official sites: after blocks 1, 2 and 3 of the third stage, 0.9 of the tokens present stay.
+def swin_sites(
+    depths: Sequence[int], hparams: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The official sites, after blocks 1 to 3 of the third stage, where 0.9 of the tokens present stay, and options.
 
     Args:
         depths: Blocks per stage.
@@ -70,22 +71,27 @@ def swin_sites(depths: Sequence[int], hparams: Mapping[str, Any] | None = None) 
         raise ConfigError(
             f"Unknown hyper-parameter(s) of trilevel on Swin: {', '.join(unknown)}. Known: {', '.join(_OPTIONAL)}."
         )
-    ratio = hparams.get("token_prune_ratio", SWIN_KEEP_RATIO)
+    ratio_names = [name for name in ("token_prune_ratio", "keep_ratio") if name in hparams]
+    if len(ratio_names) > 1:
+        raise ConfigError("token_prune_ratio and keep_ratio are one share of the tokens. Give one of them.")
+    ratio_name = ratio_names[0] if ratio_names else "token_prune_ratio"
+    ratio = hparams.get(ratio_name, SWIN_KEEP_RATIO)
     stage = hparams.get("stage", SWIN_STAGE)
     after = hparams.get("after_blocks_in_stage", SWIN_AFTER_BLOCKS)
     if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-        raise ConfigError(f"token_prune_ratio is a share of the tokens, above 0 and at most 1, but got {ratio!r}.")
+        raise ConfigError(f"{ratio_name} is a share of the tokens, above 0 and at most 1, but got {ratio!r}.")
     if not isinstance(stage, int) or not 0 <= stage < len(depths):
         raise ConfigError(f"stage is one of 0 to {len(depths) - 1}, but got {stage!r}; name a stage the model has.")
     if not isinstance(after, list | tuple) or not all(isinstance(block, int) and block >= 0 for block in after):
         raise ConfigError(f"after_blocks_in_stage is a list of blocks such as [1, 2, 3], but got {after!r}.")
     first = sum(depths[:stage])
     # As in the official code, blocks the stage does not have are never reached.
-    return [
+    sites = [
         {"block": first + block, "op": "prune", "keep_ratio": ratio}
         for block in sorted(set(after))
         if block < depths[stage]
     ]
+    return sites, {"attn_ratio": hparams.get("attn_ratio", 1.0), "tie": "official"}
 
 
 def timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

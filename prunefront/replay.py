@@ -162,10 +162,8 @@ def _trilevel_evaluated(model: Compressed, images: Tensor, method: str) -> dict[
         left = index.shape[1] + 1
         mask = record.values.get("attn_mask", torch.ones(len(index), left, left))
         results[f"attn_mask/{record.block}"] = mask.to(torch.uint8)
-    # The norm before a block's attention sees what left the block before it; the last one feeds the final norm. Looking
-    # at the class attention of the last block runs its norm once more.
-    unique = [feature for place, feature in enumerate(features) if place == 0 or feature is not features[place - 1]]
-    return results | {f"features/{block}": feature for block, feature in enumerate(unique)}
+    # The norm before a block's attention sees what left the block before it; the last one feeds the final norm.
+    return results | {f"features/{block}": feature for block, feature in enumerate(features)}
 
 
 def _evit_recorded(record: SiteRecord, prefix: int) -> dict[str, Tensor]:

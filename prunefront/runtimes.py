@@ -128,7 +128,13 @@ class CompiledForward:
             torch._inductor.config.patch(freezing=self._freezing),
             fastest_attention(x),
         ):
-            return self._compiled(x)
+            try:
+                return self._compiled(x)
+            except torch._dynamo.exc.UserError as error:
+                raise ConfigError(
+                    "torch cannot compile this model into one graph, since its token counts depend on the images; use "
+                    "the runtime eager, or options of its method that fix the counts (spvit: mode=fixed)."
+                ) from error
 
 
 class GraphedForward:

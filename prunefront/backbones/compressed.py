@@ -191,10 +191,10 @@ class CompressedTransformer(Compressed):
                 predictor=predictors[stage] if block_plan.steps and predictors is not None else None,
                 masking=masking,
                 recorder=recorder,
+                is_last_block=block_plan.index == len(plan) - 1,
             )
             if recorder is not None:
                 recorder.block = block_plan.index
-                recorder.is_last_block = block_plan.index == len(plan) - 1
             tokens = self._entering(tokens, block_plan.index)
             run = self._method.forward_block
             if model.grad_checkpointing:

@@ -105,13 +105,15 @@ def new(
                 f"both ({' '.join(context.args)}); leave one out."
             )
         method, hparams = read_spelling(context.args, method)
-        depth = geometry_for(spec).depth
+        geometry = geometry_for(spec)
+        depth = geometry.depth
         outside = [
             block for name in ("drop_loc", "pp_loc_list") for block in hparams.get(name, ()) if not 0 <= block < depth
         ]
         if outside:
             raise ConfigError(f"{spec.name} has blocks 0 to {depth - 1}, but got {outside[0]}; name one of them.")
-        sites, spelt_options = official_sites(method, hparams, depth)
+        depths = [stage.depth for stage in geometry.stages]
+        sites, spelt_options = official_sites(method, hparams, depths or depth)
         options = spelt_options | options
     else:
         if method is None:

@@ -20,9 +20,12 @@ from prunefront.cli.options import (
     ModelKwargs,
     NumClasses,
     NumImages,
+    Runtime,
+    Sha256,
     model_spec,
     parse_img_size,
     parse_pairs,
+    weights_file,
 )
 from prunefront.cli.output import note, print_fields, print_json, progress_bar
 from prunefront.errors import ConfigError, DatasetError
@@ -58,13 +61,21 @@ def evaluate(
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
     checkpoint: Checkpoint = None,
+    sha256: Sha256 = None,
     crop_pct: CropPct = None,
     throughput: Annotated[
         bool, typer.Option("--throughput", help="Also measure latency and images/s at this batch size.")
     ] = False,
+    runtime: Annotated[
+        Runtime | None, typer.Option("--runtime", help="With --throughput: how the model is executed; eager.")
+    ] = None,
     official: Annotated[
-        tuple[str, Path] | None,
-        typer.Option("--official", metavar="METHOD FILE", help="Checkpoint of a method's own repository."),
+        tuple[str, str] | None,
+        typer.Option(
+            "--official",
+            metavar="METHOD FILE|URL",
+            help="Checkpoint of a method's own repository; an https address needs --sha256.",
+        ),
     ] = None,
     model_name: Annotated[
         str | None,
@@ -113,18 +124,27 @@ def evaluate(
         )
     _, num_processes, local_rank = place_of_process()
     if throughput and num_processes > 1:
-        raise ConfigError(f"--throughput measures one process, but torchrun started {num_processes}. Leave it out.")
+        raise ConfigError(
+            f"--throughput times one model that has its machine to itself, but torchrun started {num_processes} "
+            "processes, which slow each other down. Run it without torchrun, or leave --throughput out."
+        )
+    if runtime is not None and not throughput:
+        raise ConfigError("--runtime is what --throughput measures; accuracy is always computed eagerly. Leave it out.")
     # Of several processes, each has the GPU of its own number.
     place = torch_device(f"cuda:{local_rank}" if device == "cuda" and num_processes > 1 else device)
     check_dataset(dataset)  # before weights are looked for, which may take long
-    what = what if official is None else str(official[1])
+    what = what if official is None else official[1]
     assert what is not None
     with joined(place) as world:
+        weights = weights_file(checkpoint if official is None else official[1], sha256, world=world)
         with progress_bar(f"Loading {what}", shown=world.is_main):
             if official is None:
-                model, dense = _models(what, img_size, num_classes, model_kwarg, checkpoint)
+                model, dense = _models(what, img_size, num_classes, model_kwarg, weights)
             else:
-                model, dense = _official(official, model_name, num_heads, img_size, num_classes, model_kwarg, hparam)
+                assert weights is not None
+                model, dense = _official(
+                    official[0], weights, model_name, num_heads, img_size, num_classes, model_kwarg, hparam
+                )
         if against_dense and dense is None:
             raise ConfigError(f"--against-dense compares a compressed model with its dense one, but {what} is dense.")
         transform = data_config_of(model)
@@ -171,7 +191,7 @@ def evaluate(
     if not world.is_main:  # every process knows the result; one tells
         return
     if throughput:
-        document["throughput"] = _throughput(model, dense, images, batch_size, device, dtype)
+        document["throughput"] = _throughput(model, dense, images, batch_size, device, runtime or "eager", dtype)
     skipped = images.describe_skipped()
     if num_processes > 1 and evaluation.num_skipped:
         note(f"Warning: {evaluation.num_skipped} images could not be decoded and were left out.")
@@ -191,7 +211,8 @@ def evaluate(
     ]
     if throughput:
         speed = document["throughput"]
-        fields.append(("latency", f"{speed['median_ms']:.3f} ms per batch of {batch_size} ({speed['state']})"))
+        setting = f"{speed['runtime']}, {speed['state']}"
+        fields.append(("latency", f"{speed['median_ms']:.3f} ms per batch of {batch_size} ({setting})"))
         against = "" if speed["speedup"] is None else f", {speed['speedup']:.2f} × dense"
         fields.append(("throughput", f"{speed['images_per_s']:.0f} images/s{against}"))
     if "dense_top1" in document:
@@ -225,7 +246,8 @@ def _models(
 
 
 def _official(
-    official: tuple[str, Path],
+    method: str,
+    path: Path,
     model_name: str | None,
     num_heads: int | None,
     img_size: str | None,
@@ -240,7 +262,6 @@ def _official(
     architecture = parse_pairs(kwargs, "--model-kwarg")
     given = {"num_heads": num_heads, "img_size": parse_img_size(img_size), "num_classes": num_classes}
     architecture |= {name: value for name, value in given.items() if value is not None}
-    method, path = official
     model = load_official(
         method, path, model=model_name, architecture=architecture, hparams=parse_pairs(hparam, "--hparam")
     )
@@ -267,7 +288,13 @@ def _evaluate_counting(
 
 
 def _throughput(
-    model: nn.Module, dense: nn.Module | None, images: SplitDataset, batch_size: int, device: str, dtype: Dtype
+    model: nn.Module,
+    dense: nn.Module | None,
+    images: SplitDataset,
+    batch_size: int,
+    device: str,
+    runtime: Runtime,
+    dtype: Dtype,
 ) -> dict[str, Any]:
     """Latency on images of the split, against the dense model where there is one."""
     from itertools import islice
@@ -285,7 +312,13 @@ def _throughput(
     models = {"model": model} | ({} if dense is None else {"dense": dense})
     with progress_bar("Measuring") as progress:
         measured = measure_models(
-            models, batches, device=device, dtype=dtype, canary="model" if dense is None else "dense", progress=progress
+            models,
+            batches,
+            device=device,
+            runtime=runtime,
+            dtype=dtype,
+            canary="model" if dense is None else "dense",
+            progress=progress,
         )
     figures = {name: value for name, value in asdict(measured["model"]).items() if name not in ("canary_ms", "speedup")}
     median_ms = measured["model"].median_ms
@@ -293,7 +326,7 @@ def _throughput(
     return {
         "batch_size": batch_size,
         "device": device,
-        "runtime": "eager",
+        "runtime": runtime,
         "images_per_s": 1e3 * batch_size / median_ms,
         "dense_median_ms": dense_ms,
         "speedup": None if dense_ms is None else dense_ms / median_ms,

@@ -22,7 +22,9 @@ from prunefront.cli.options import (
     NumClasses,
     NumImages,
     RuntimeOption,
+    Sha256,
     model_spec,
+    weights_file,
 )
 from prunefront.cli.output import ProgressCallback, note, print_json, print_table, progress_bar, write_result
 from prunefront.errors import ConfigError
@@ -68,6 +70,7 @@ def measure(
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
     checkpoint: Checkpoint = None,
+    sha256: Sha256 = None,
     out: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     plot: Annotated[
         Path | None,
@@ -102,6 +105,7 @@ def measure(
 
         check_dataset(dataset)  # before weights are looked for
     subjects = with_dense([_subject(text, img_size, num_classes, model_kwarg) for text in what])
+    weights = weights_file(checkpoint, sha256)
     groups: dict[Shape, list[Subject]] = {}
     for subject in subjects:
         groups.setdefault(_input_shape(subject), []).append(subject)
@@ -109,7 +113,7 @@ def measure(
     accuracy: dict[str, dict[str, Any]] = {}
     with progress_bar("Measuring") as progress:
         for number, (shape, group) in enumerate(groups.items()):
-            models = _build(group, checkpoint, is_pretrained=dataset is not None)
+            models = _build(group, weights, is_pretrained=dataset is not None)
             measured |= _measure_group(
                 group,
                 shape,

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prunefront.cli.output import progress_bar
 from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:
     from prunefront.config import ModelSpec
+    from prunefront.training.distributed import World
 
 Runtime = Literal["eager", "compile"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -34,7 +36,15 @@ ModelKwargs = Annotated[
     typer.Option("--model-kwarg", metavar="NAME=VALUE", help="Passed on to timm.create_model; may be repeated."),
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Weights (safetensors or torch) to load into the model.")
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="FILE|URL",
+        help="Weights (safetensors or torch) to load into the model; an https address needs --sha256.",
+    ),
+]
+Sha256 = Annotated[
+    str | None, typer.Option("--sha256", metavar="HEX", help="SHA-256 that weights at an https address must have.")
 ]
 
 CropPct = Annotated[
@@ -46,6 +56,42 @@ CropPct = Annotated[
 NumImages = Annotated[
     int | None, typer.Option("--num-images", min=1, help="A fixed sample of so many images; all when left out.")
 ]
+
+
+def weights_file(
+    source: str | None, sha256: str | None, *, hash_option: str = "--sha256", world: World | None = None
+) -> Path | None:
+    """The file with the weights that a command names; those at an https address are downloaded into torch's cache.
+
+    Args:
+        source: File or address; None where no weights were named.
+        sha256: What the user says that the file at the address must have.
+        hash_option: How the command spells ``sha256``.
+        world: The processes that all call this; the first one downloads before the others look.
+
+    Raises:
+        ConfigError: If an address comes without its hash, or a hash without an address.
+        CheckpointError: If the download fails or its hash is another.
+    """
+    is_address = source is not None and "://" in source
+    if source is None or not is_address:
+        if sha256 is not None:
+            got = "no weights are named" if source is None else f"got the file {source}"
+            raise ConfigError(f"{hash_option} goes with weights at an https address, but {got}. Leave it out.")
+        return None if source is None else Path(source)
+    if sha256 is None:
+        raise ConfigError(
+            f"Weights at an address are taken only with their SHA-256, but {source} came without; state it with "
+            f"{hash_option} HEX."
+        )
+    from prunefront.fetch import fetch_cached
+
+    with progress_bar("Downloading", shown=world is None or world.is_main) as progress:
+        if world is not None:
+            if world.is_main:
+                fetch_cached(source, sha256=sha256, progress=progress)
+            world.wait()
+        return fetch_cached(source, sha256=sha256, progress=progress)
 
 
 def parse_img_size(text: str | None) -> int | tuple[int, int] | None:

@@ -66,7 +66,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "tome": {},
     "diffrate": {},
     "dynamicvit": {"base_rate": 0.9},
-    "trilevel": {"keep_ratio": 0.7},
+    "trilevel": {},
 }
 
 

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 
 import typer
 
-from prunefront.cli.options import AsJson, Checkpoint
+from prunefront.cli.options import AsJson, Checkpoint, Sha256, weights_file
 from prunefront.cli.output import (
     JobFailedError,
     note,
@@ -82,11 +82,16 @@ def train(
         bool | None, typer.Option("--pretrained/--scratch", help="Start from timm's weights, or from random ones.")
     ] = None,
     checkpoint: Checkpoint = None,
+    sha256: Sha256 = None,
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="timm model to learn from, instead of the dense one.")
     ] = None,
     teacher_checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of the teacher; timm's pretrained ones when left out.")
+        str | None,
+        typer.Option(metavar="FILE|URL", help="Weights of the teacher; timm's pretrained ones when left out."),
+    ] = None,
+    teacher_sha256: Annotated[
+        str | None, typer.Option(metavar="HEX", help="SHA-256 of the teacher's weights at an https address.")
     ] = None,
     device: Annotated[str | None, typer.Option(help='"cpu", "cuda" or "cuda:1"; a GPU where there is one.')] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that load images, per training process.")] = 0,
@@ -142,9 +147,11 @@ def train(
         name, chosen = _choose_recipe(recipe, document, dataset, epochs, own)
         document = _within_limit(document, chosen, table, max_latency_ms, latency_share, world)
         chosen_dtype: DType = _DTYPES[chosen.amp] if place.type == "cuda" or "amp" in own else "fp32"
-        start = _start(document, config, checkpoint, pretrained, job_weights, chosen)
+        weights = weights_file(checkpoint, sha256, world=world)
+        guide_weights = weights_file(teacher_checkpoint, teacher_sha256, hash_option="--teacher-sha256", world=world)
+        start = _start(document, config, weights, pretrained, job_weights, chosen)
         with progress_bar(f"Loading {document.model.name}", shown=world.is_main):
-            model, guide = _models(document, start, seed, chosen, teacher, teacher_checkpoint)
+            model, guide = _models(document, start, seed, chosen, teacher, guide_weights)
         run = _Training(
             model=model,
             teacher=guide,

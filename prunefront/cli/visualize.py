@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prunefront.cli.measure import CONFIG_SUFFIXES
-from prunefront.cli.options import AsJson, Checkpoint, Device
+from prunefront.cli.options import AsJson, Checkpoint, Device, Sha256, weights_file
 from prunefront.cli.output import note, print_json, print_table, progress_bar
-from prunefront.errors import ConfigError, CorruptImageError, DatasetError
+from prunefront.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from prunefront.training.data import DataConfig
     from prunefront.visualize import TokenTrace
 
+DOCUMENT_NAME = "tokens.json"
+DOCUMENT_FORMAT = "prunefront/tokens/1"
 DEFAULT_IMAGES = 8
 BATCH = 8  # images per forward pass
 
@@ -50,13 +53,15 @@ def visualize(
         typer.Option("--image", help="Image file, or folder of them, instead of a dataset; may be repeated."),
     ] = None,
     checkpoint: Checkpoint = None,
+    sha256: Sha256 = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Draw what becomes of each patch: the image as the model sees it, then one picture per reduction.
 
     Dropped patches are dark, merged ones show their group's mean colour and outline, fused ones are tinted. Writes
-    image_<n>.png, all of them as grid.png, and the same as numbers in tokens.json.
+    image_<n>.png, all of them as grid.png, and the same as numbers in tokens.json. Pictures that the folder's former
+    tokens.json names and this run does not draw are removed; other files stay.
 
     Example: prunefront visualize best.json --dataset digit-scenes --images 4 --out pictures
     """
@@ -71,15 +76,16 @@ def visualize(
         raise ConfigError("--images chooses images and --index names them; give one of the two.")
     if index and image:
         raise ConfigError("--index counts the images of a dataset; with --image name the files alone.")
-    require_writable(out / "tokens.json")
+    require_writable(out / DOCUMENT_NAME)
     place = torch_device(device)
     paths = None if image is None else _files(image, images)
     if dataset is not None:
         from prunefront.training.data import check_dataset
 
         check_dataset(dataset)  # before weights are looked for, which may take long
+    weights = weights_file(checkpoint, sha256)
     with progress_bar(f"Loading {what}"):
-        model = _load(what, checkpoint).to(place)
+        model = _load(what, weights).to(place)
     data_config = data_config_of(model)
     if paths is not None:
         shown = [_open_file(number, path, data_config) for number, path in enumerate(paths)]
@@ -89,7 +95,7 @@ def visualize(
     traces = _trace(model, shown, str(place))
     config: Any = model.prune_config
     document: dict[str, Any] = {
-        "format": "prunefront/tokens/1",
+        "format": DOCUMENT_FORMAT,
         "what": what,
         "model": config.model.name,
         "method": config.method,
@@ -108,12 +114,28 @@ def visualize(
             write_atomic(out / f"image_{one.index}.png", png_bytes(pictures[-1]))
             progress(done + 1, len(shown), one.source)
         write_atomic(out / "grid.png", png_bytes(stack_pictures(pictures)))
-    write_atomic(out / "tokens.json", json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
-    note(f"Wrote {len(shown)} pictures, grid.png and tokens.json to {out}")
+    # Before the document that names them goes: a run that is killed here leaves nothing that the next one forgets.
+    stale = _pictures_of(out) - {entry["file"] for entry in document["images"]}
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+    write_atomic(out / DOCUMENT_NAME, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    note(f"Wrote {len(shown)} pictures, grid.png and {DOCUMENT_NAME} to {out}")
+    if stale:
+        note(f"Removed {len(stale)} pictures of the run before")
     if as_json:
         print_json(document)
         return
     _print_counts(document)
+
+
+def _pictures_of(folder: Path) -> set[str]:
+    """Names of the pictures that an earlier run left in a folder, as its document tells."""
+    try:
+        document = json.loads((folder / DOCUMENT_NAME).read_text(encoding="utf-8"))
+        names = [entry["file"] for entry in document["images"] if document["format"] == DOCUMENT_FORMAT]
+        return {name for name in names if re.fullmatch(r"image_\d+\.png", name)}
+    except (FileNotFoundError, LookupError, TypeError, ValueError):  # there is none, or it is not ours
+        return set()
 
 
 def _load(what: str, checkpoint: Path | None) -> nn.Module:
@@ -175,21 +197,18 @@ def _files(given: list[Path], most: int | None) -> list[Path]:
 
 
 def _open_file(number: int, path: Path, data_config: DataConfig) -> Shown:
-    from PIL import Image
     from timm.data import create_transform
+
+    from prunefront.training.data_sources import decode_image, unreadable_image
 
     channels = data_config.input_size[0]
     if channels not in (1, 3):
         raise DatasetError(f"Image files have 1 or 3 channels, but the model takes {channels}. Use another model.")
     try:
-        with Image.open(path) as opened:
-            decoded = opened.convert("L" if channels == 1 else "RGB")
+        content = path.read_bytes()
     except OSError as error:
-        if error.errno is not None:
-            raise
-        raise CorruptImageError.of(str(path), " ".join(str(error).split())) from error
-    except Exception as error:  # Pillow's decoders raise errors of every kind when the bytes are wrong
-        raise CorruptImageError.of(str(path), " ".join(str(error).split()) or type(error).__name__) from error
+        raise unreadable_image(str(path), error) from error
+    decoded = decode_image(content, lambda: str(path)).convert("L" if channels == 1 else "RGB")
     pixels: Tensor = create_transform(**data_config.to_dict())(decoded)
     return Shown(index=number, source=str(path), label=None, pixels=pixels)
 

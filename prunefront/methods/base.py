@@ -97,7 +97,6 @@ class Recorder:
         self.class_tokens: list[Tensor] = []
         self.class_attention: Tensor | None = None
         self.block = 0
-        self.is_last_block = False
 
     def add(self, op: str, assignment: Tensor, **values: Tensor) -> None:
         self.sites.append(SiteRecord(block=self.block, op=op, assignment=assignment, values=values))
@@ -134,6 +133,7 @@ class Call:
         predictor: Learned parts of the site, where the method has any.
         masking: Mask dropped tokens instead of removing them; None removes.
         recorder: Takes the decisions when wanted.
+        is_last_block: Whether no block comes after this one.
     """
 
     options: Mapping[str, Any]
@@ -141,6 +141,7 @@ class Call:
     predictor: nn.Module | None = None
     masking: Masking | None = None
     recorder: Recorder | None = None
+    is_last_block: bool = False
 
 
 class Method(ABC):
@@ -266,6 +267,10 @@ class Method(ABC):
             return tokens.present[:, None, None, :]
         return log_size_bias(tokens.size, tokens.x.dtype) if self.uses_size_bias(call.options) else None
 
+    def looks_at_attention(self, call: Call) -> bool:
+        """Whether `reduce` is wanted for the attention of a block that reduces nothing."""
+        return False
+
     def forward_block(
         self, blocks: Blocks, block: nn.Module, tokens: Tokens, steps: Sequence[Step], call: Call
     ) -> Tokens:
@@ -275,11 +280,12 @@ class Method(ABC):
             blocks: The family of ``block``.
             block: A block.
             tokens: Entering it.
-            steps: Reductions of this block, effective integers; without any the block runs as its library has it.
+            steps: Reductions of this block, effective integers; without any the block runs as its library has it,
+                unless the method looks at its attention.
             call: Of this block.
         """
         bias = self.attention_bias(tokens, call)
-        if not steps:
+        if not steps and not self.looks_at_attention(call):
             return tokens.but(x=blocks.whole(block, tokens, bias))
         branch, state = blocks.attention(block, tokens, bias)
         tokens = self.reduce(tokens.but(x=tokens.x + branch), state, steps, call)

@@ -57,12 +57,12 @@ class TriLevel(Method):
     def attention_bias(self, tokens: Tokens, call: Call) -> Tensor | None:
         return tokens.mask
 
+    def looks_at_attention(self, call: Call) -> bool:
+        return call.recorder is not None and call.is_last_block
+
     def forward_block(
         self, blocks: Blocks, block: nn.Module, tokens: Tokens, steps: Sequence[Step], call: Call
     ) -> Tokens:
-        if call.recorder is not None and call.recorder.is_last_block:
-            _, state = blocks.attention(block, tokens, self.attention_bias(tokens, call))
-            call.recorder.class_attention = class_scores(state, tokens.num_prefix)
         if not steps or call.options["attn_ratio"] == 1.0:
             return super().forward_block(blocks, block, tokens, steps, call)
         maps: list[Tensor] = []
@@ -77,16 +77,22 @@ class TriLevel(Method):
 
         branch = blocks.weighed_attention(block, tokens, weigh)
         attention = maps[0].detach().mean(dim=1)
-        kept, index = self._drop(
-            tokens.but(x=tokens.x + branch), attention[:, 0, tokens.num_prefix :], steps[0], call.recorder
-        )
+        scores = attention[:, 0, tokens.num_prefix :]
+        self._note_attention(scores, call)
+        kept, index = self._drop(tokens.but(x=tokens.x + branch), scores, steps[0], call.recorder)
         mask = connections(attention, tokens.mask, index, tokens.num_prefix, call.options)
         if call.recorder is not None:
             call.recorder.sites[-1].values["attn_mask"] = mask[:, 0]
         return kept.but(x=kept.x + blocks.mlp(block, kept.x), mask=mask)
 
     def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
-        return self._drop(tokens, class_scores(state, tokens.num_prefix), steps[0], call.recorder)[0]
+        scores = class_scores(state, tokens.num_prefix)
+        self._note_attention(scores, call)
+        return self._drop(tokens, scores, steps[0], call.recorder)[0] if steps else tokens
+
+    def _note_attention(self, scores: Tensor, call: Call) -> None:
+        if call.recorder is not None and call.is_last_block:
+            call.recorder.class_attention = scores
 
     @staticmethod
     def _drop(tokens: Tokens, scores: Tensor, step: Step, recorder: Recorder | None) -> tuple[Tokens, Tensor]:

@@ -112,15 +112,8 @@ class IndexedSource:
             with file:
                 content = file.read()
         except (OSError, tarfile.TarError) as error:
-            raise _unreadable(self._dataset.filename(place), error) from error
-        try:
-            image = Image.open(io.BytesIO(content))
-            image.load()
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise errors of every kind when the bytes are wrong
-            raise CorruptImageError.of(self._dataset.filename(place), _decoding_reason(error)) from error
-        return image, int(label)
+            raise unreadable_image(self._dataset.filename(place), error) from error
+        return decode_image(content, lambda: self._dataset.filename(place)), int(label)
 
     def _read_decoded(self, place: int) -> tuple[Image.Image, int]:
         """Read from a dataset that decodes by itself."""
@@ -129,19 +122,40 @@ class IndexedSource:
         except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             # Pillow's own errors have no number; the operating system's have one.
             if isinstance(error, OSError) and error.errno is not None:
-                raise _unreadable(error.filename or f"number {place}", error) from error
+                raise unreadable_image(error.filename or f"number {place}", error) from error
             raise CorruptImageError.of(f"number {place}", _decoding_reason(error)) from error
         return image, int(label)
 
 
-def _unreadable(name: str, error: Exception) -> DatasetError:
+def decode_image(content: bytes, name: Callable[[], str]) -> Image.Image:
+    """The image in the bytes of a file, all of it.
+
+    Args:
+        content: The file.
+        name: Gives its name, for the error; asked for only then, as names may take long to find.
+
+    Raises:
+        CorruptImageError: If the bytes cannot be decoded.
+    """
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of every kind when the bytes are wrong
+        raise CorruptImageError.of(name(), _decoding_reason(error)) from error
+    return image
+
+
+def unreadable_image(name: str, error: Exception) -> DatasetError:
+    """The error for an image whose file cannot be read."""
     return DatasetError(f"Could not read the image {name!r}: {error}. Repair or remove that file.")
 
 
 def _decoding_reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it has no known image format"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class StreamedSource:

@@ -54,6 +54,11 @@ class ExampleOptions(StrictModel):
     )
     shuffle: bool = Field(True, description="Bring images back at random; false: those left out longest first.")
 
+    @property
+    def scores_attention(self) -> bool:
+        """Whether the score needs the class attention of every image."""
+        return self.score == "forgetting+cls_var"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Event:
@@ -324,8 +329,7 @@ class ExampleSelection:
         self._is_learnt = np.zeros(shape, dtype=np.bool_)
         self._forgotten = np.zeros(shape, dtype=np.int32)
         self._first_epoch = np.zeros(shape, dtype=np.int32)
-        uses_variance = self.options.score == "forgetting+cls_var"
-        self._variance_sum = np.zeros(shape if uses_variance else 0, dtype=np.float64)
+        self._variance_sum = np.zeros(shape if self.options.scores_attention else 0, dtype=np.float64)
         self._is_trained_on = np.zeros(shape, dtype=np.bool_)
         self._is_trained_on[self._train] = True
 
@@ -355,7 +359,7 @@ class ExampleSelection:
                 f"{bits[~np.isin(bits, (0, 1))][0]}. Compare the largest logit with the label."
             )
         variances = None
-        if self.options.score == "forgetting+cls_var":
+        if self.options.scores_attention:
             if class_variance is None:
                 raise ExampleError(
                     "The score forgetting+cls_var expects the class-attention variance of every image, but got none. "
@@ -403,7 +407,7 @@ class ExampleSelection:
             place[named] = np.arange(len(named)) - len(named)
         keys: list[NDArray[Any]] = [shuffled[ids], self._first_epoch[ids], place[ids]]
         variance = None
-        if self.options.score == "forgetting+cls_var":
+        if self.options.scores_attention:
             variance = self._variance_sum[ids] / self._presentations[ids]
             keys.append(variance)
         order = np.lexsort((*keys, forgetting))  # the last key counts most

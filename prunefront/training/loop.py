@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunefront.compress import compress
 from prunefront.errors import CheckpointError, ConfigError, DatasetError, ModelError
+from prunefront.geometry import geometry_for
+from prunefront.schedule import plan_schedule
 from prunefront.training.checkpoints import CHECKPOINT_NAME, load_checkpoint, save_checkpoint, save_weights
 from prunefront.training.data import (
     OnCorrupt,
@@ -162,11 +164,8 @@ def train(
     check_classes(split, num_classes)
     examples = None
     if recipe.examples is not None:
-        if recipe.examples.score != "forgetting":
-            raise ConfigError(
-                f"The score {recipe.examples.score!r} needs the class attention of every image, which training does "
-                "not keep; set examples.score=forgetting."
-            )
+        if recipe.examples.scores_attention:
+            _check_class_attention(model)
         examples = ExampleSelection(len(split), recipe.examples, seed=seed)
     num_images = len(split) if examples is None else len(examples.train)
     step_images = recipe.batch_size * recipe.accumulate * world.size
@@ -209,6 +208,27 @@ def train(
             checkpoint_every_steps=checkpoint_every_steps,
         )
     return tuple(run.position.history)
+
+
+_NEEDS_ATTENTION = (
+    "the score 'forgetting+cls_var' needs of every image; set examples.score=forgetting, or train a trilevel config of "
+    "a model with a class token, with the objective 'classification'."
+)
+
+
+def _check_class_attention(model: nn.Module) -> None:
+    """Refuse models whose class attention has no variance to score images by."""
+    config = getattr(model, "prune_config", None)
+    if config is None or config.method != "trilevel" or not geometry_for(config.model).has_class_token:
+        what = "A dense model" if config is None else f"{config.model.name} with the method {config.method!r}"
+        raise ConfigError(f"{what} hands out no class attention, which {_NEEDS_ATTENTION}")
+    schedule = plan_schedule(config)
+    left = schedule.blocks[-1].tokens_entering - schedule.num_prefix_tokens
+    if left < 2:
+        raise ConfigError(
+            "The score 'forgetting+cls_var' is a variance over the patches of the last block, of which this config "
+            f"leaves {left}; keep at least 2, or set examples.score=forgetting."
+        )
 
 
 class _Run:
@@ -387,7 +407,7 @@ class _Run:
             hits = loss.logits.argmax(dim=1) == labels
             num_correct, num_images = num_correct + int(hits.sum()), num_images + len(hits)
             if index is not None:
-                self._record_examples(index, hits)
+                self._record_examples(index, hits, loss.class_attention)
             for name, part in loss.parts.items():
                 parts[name] = parts.get(name, 0.0) + float(part.detach()) / recipe.accumulate
         self._update()
@@ -415,12 +435,20 @@ class _Run:
         index = rest[0] if rest else None
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), index
 
-    def _record_examples(self, index: Tensor, hits: Tensor) -> None:
-        """Tell the example level which images the model got right; all processes record the same."""
+    def _record_examples(self, index: Tensor, hits: Tensor, class_attention: Tensor | None) -> None:
+        """Tell the example level how the model fared with each image; all processes record the same."""
         if self.examples is None or not self.examples.is_collecting:
             return
-        rows = self.world.gathered(torch.stack((index, hits.cpu().long()), dim=1))
-        self.examples.record(rows[:, 0].numpy(), rows[:, 1].numpy())
+        # In double precision, which holds every id exactly.
+        columns = [index.double(), hits.cpu().double()]
+        if self.examples.options.scores_attention:
+            if class_attention is None:
+                raise ConfigError(
+                    f"The objective {self.recipe.objective!r} hands out no class attention, which {_NEEDS_ATTENTION}"
+                )
+            columns.append(class_attention.detach().float().var(dim=1, unbiased=True).cpu().double())
+        rows = self.world.gathered(torch.stack(columns, dim=1)).numpy()
+        self.examples.record(rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 2] if len(columns) > 2 else None)
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)

@@ -34,11 +34,13 @@ class Loss:
         total: What is minimised, a scalar with its graph.
         logits: The model's, (B, classes), for the training accuracy.
         parts: Scalars to log beside the total, such as ``ratio``; their means stand in the log of each epoch.
+        class_attention: The model's (see `Aux`), (B, patches), where the recipe scores images by it.
     """
 
     total: Tensor
     logits: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    class_attention: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -73,21 +75,27 @@ class Classification:
     """Cross-entropy on the logits and, with a teacher, soft distillation."""
 
     def __init__(self, recipe: Recipe, config: object = None) -> None:
-        """Read label smoothing and distillation from the recipe."""
+        """Read label smoothing, distillation and whether images are scored by class attention from the recipe."""
         self._distillation, self._label_smoothing = recipe.distillation, recipe.label_smoothing
+        self._keeps_attention = recipe.examples is not None and recipe.examples.scores_attention
         self.needs_teacher = recipe.distillation is not None
 
     def forward(
         self, model: nn.Module, teacher: nn.Module | None, images: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        logits = model(images, **options)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        class_attention = None
+        if self._keeps_attention:
+            logits, aux = model(images, return_aux=True, **options)
+            class_attention = aux.class_attention
+        else:
+            logits = model(images, **options)
         if teacher is None:
-            return logits, None
+            return logits, None, class_attention
         with torch.no_grad():
-            return logits, teacher(images)
+            return logits, teacher(images), class_attention
 
-    def loss(self, outputs: tuple[Tensor, Tensor | None], targets: Tensor) -> Loss:
-        logits, teacher_logits = outputs
+    def loss(self, outputs: tuple[Tensor, Tensor | None, Tensor | None], targets: Tensor) -> Loss:
+        logits, teacher_logits, class_attention = outputs
         total = finetuning_loss(
             logits,
             targets,
@@ -96,7 +104,7 @@ class Classification:
             tau=self._distillation.tau if self._distillation else 1.0,
             label_smoothing=self._label_smoothing,
         )
-        return Loss(total=total, logits=logits)
+        return Loss(total=total, logits=logits, class_attention=class_attention)
 
 
 @dataclass(frozen=True, kw_only=True)

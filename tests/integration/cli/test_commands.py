@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import prunefront
 from prunefront.cli.app import run
 from prunefront.config import load_config
 from prunefront.errors import FileWriteError
@@ -53,6 +54,34 @@ def test_the_repositorys_spelling_and_ours_are_one_config(tmp_path: Path) -> Non
     assert run([*model[:-1], "deit_small_patch16_shrink_base", *spelling, "--out", str(theirs)]) == 0
 
     assert load_config(ours).content_hash() == load_config(theirs).content_hash()
+
+
+@pytest.mark.parametrize(("model", "blocks"), [("tiny", 12), ("small", 24)])
+def test_the_spelling_of_tri_level_means_the_places_of_swin_on_a_swin(tmp_path: Path, model: str, blocks: int) -> None:
+    # Blocks 1 to 3 of the third stage, behind two stages of two blocks.
+    name, theirs = f"swin_{model}_patch4_window7_224_token", tmp_path / "theirs.json"
+
+    assert run(["config", "new", "--model", name, "--keep_ratio", "0.9", "--out", str(theirs)]) == 0
+
+    config = load_config(theirs)
+    assert len(prunefront.token_counts(config).blocks) == blocks
+    assert [(site.block, site.op, site.keep_ratio) for site in config.sites] == [(b, "prune", 0.9) for b in (5, 6, 7)]
+    assert config.options == {"attn_ratio": 1.0, "tie": "official"}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "sentence"),
+    [
+        ("--keep_ratio 0.9 --attn_ratio 0.1", "Swin has no attention level, so attn_ratio has to be 1, but got 0.1"),
+        ("--keep_ratio 9", "keep_ratio is a share of the tokens, above 0 and at most 1, but got 9"),
+        ("--base_keep_rate 0.7", "Swin was pruned by trilevel alone, but got 'evit'"),
+    ],
+)
+def test_a_spelling_that_swin_does_not_have_is_refused(
+    spelling: str, sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["config", "new", "--model", "swin_tiny_patch4_window7_224", *spelling.split()]) == 2
+    assert sentence in capfd.readouterr().err
 
 
 def test_sites_can_be_spelled_one_by_one(capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import prunefront
 from prunefront.cli.app import run
+from prunefront.runtimes import RUNTIMES
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 DATA = ["--dataset", "digit-scenes", "--num-images", "8", "--batch-size", "4"]
@@ -72,6 +73,29 @@ def test_counts_of_spvit_are_measured_and_the_speed_too(tmp_path: Path, capfd: p
     assert "tokens per block, mean" in shown and "224 x 224 px, bicubic, crop 0.875" in shown
 
 
+def test_throughput_runs_in_the_runtime_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepared: list[torch.device] = []
+    monkeypatch.setitem(RUNTIMES, "compile", lambda forward, device: prepared.append(device) or forward)
+    path = official_file("evit/d6_mixed_fuse", tmp_path, base_keep_rate=0.7, fuse_token=True, drop_loc="(1, 3)")
+    line = ["eval", "--official", "evit", str(path), "--num-heads", "3", *DATA, "--throughput"]
+
+    assert result(capfd, *line)["throughput"]["runtime"] == "eager"
+    assert prepared == []
+    assert result(capfd, *line, "--runtime", "compile")["throughput"]["runtime"] == "compile"
+    assert prepared == [torch.device("cpu")] * 2  # the model and its dense one
+
+
+def test_throughput_is_for_one_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+
+    assert run(["eval", "digit_vit_patch6_48", *DATA, "--throughput"]) == 2
+    shown = capfd.readouterr().err
+    assert "torchrun started 2 processes, which slow each other down. Run it without torchrun" in shown
+
+
 @pytest.mark.slow
 def test_two_processes_count_each_image_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = official_file("spvit/deit_eval", tmp_path)
@@ -97,6 +121,7 @@ def test_two_processes_count_each_image_once(tmp_path: Path, capfd: pytest.Captu
         (["eval", "m", "--official", "evit", "f.pth"], "Name one thing to evaluate"),
         (["eval", "deit_tiny_patch16_224", "--hparam", "r=8"], "--hparam belongs to --official"),
         (["eval", "--official", "evit", "f.pth", "--checkpoint", "c.pth"], "Leave out --checkpoint"),
+        (["eval", "digit_vit_patch6_48", "--runtime", "compile"], "--runtime is what --throughput measures"),
         (["eval", "--official", "evit", "nope.pth"], "Checkpoint nope.pth does not exist"),
         (["eval", "--official", "evitt", "nope.pth"], "did you mean 'evit'"),
     ],

@@ -93,13 +93,56 @@ def test_files_of_a_folder_can_be_shown_by_a_saved_model(tmp_path: Path, config:
     assert (out / "image_1.png").is_file()
 
 
+def test_pictures_of_a_longer_run_before_go_and_other_files_stay(
+    tmp_path: Path, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    line = ["visualize", str(config), "--dataset", "digit-scenes", "--out", str(out)]
+    assert run([*line, "--index", "1", "--index", "2", "--index", "3"]) == 0
+    former = (out / "image_2.png").read_bytes()
+    for mine in ("image_99.png", "notes.txt", "image_.png"):
+        (out / mine).write_text("mine")
+
+    capfd.readouterr()
+    assert run([*line, "--index", "2"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"grid.png", "image_2.png", "tokens.json", "image_99.png", "notes.txt", "image_.png"}
+    assert (out / "image_2.png").read_bytes() == former
+    assert "Removed 2 pictures of the run before" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        '{"format": "prunefront/tokens/1", "images": [{"file": "../image_7.png"}, {"file": "cat.png"}]}',
+        '{"format": "other/1", "images": [{"file": "image_7.png"}]}',
+        '{"format": "prunefront/tokens/1", "images": [{"name": "image_7.png"}]}',
+        '[{"file": "image_7.png"}]',
+        "not JSON",
+    ],
+)
+def test_a_document_that_is_not_ours_removes_nothing(tmp_path: Path, config: Path, document: str) -> None:
+    out = tmp_path / "pictures"
+    out.mkdir()
+    mine = [tmp_path / "image_7.png", out / "image_7.png", out / "cat.png"]
+    for path in mine:
+        path.write_text("mine")
+    (out / "tokens.json").write_text(document)
+
+    assert run(["visualize", str(config), "--dataset", "digit-scenes", "--index", "2", "--out", str(out)]) == 0
+
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert json.loads((out / "tokens.json").read_text())["images"][0]["file"] == "image_2.png"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--dataset", "digit-scenes", "--index", "99999"], "has images 0 to 4199, but got --index 99999"),
         (["--dataset", "digit-scenes", "--index", "1", "--images", "2"], "give one of the two"),
         (["--image", "missing.png"], "The image missing.png does not exist"),
-        (["--image", "broken.png"], "'broken.png' cannot be decoded"),
+        (["--image", "broken.png"], "The image 'broken.png' cannot be decoded: it has no known image format. Repair"),
+        (["--image", "cut.png"], "The image 'cut.png' cannot be decoded: "),
         (["--image", "empty"], "The folder empty has no image files"),
         (["--image", "broken.png", "--dataset", "digit-scenes"], "only one of the two"),
         ([], "Name images to show"),
@@ -115,6 +158,8 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_bytes(b"no picture")
+    Image.new("RGB", (60, 50)).save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:60])
     Path("empty").mkdir()
 
     assert run(["visualize", str(config), "--out", "pictures", *arguments]) == 2
@@ -122,6 +167,25 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
     error = capfd.readouterr().err
     assert sentence in error
     assert not Path("pictures").exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (60, 50)).save(photo)
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == photo:
+            raise PermissionError(13, "Permission denied", str(photo))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+
+    assert run(["visualize", str(config), "--image", str(photo), "--out", str(tmp_path / "pictures")]) == 2
+
+    assert f"Could not read the image {str(photo)!r}: [Errno 13] Permission denied" in capfd.readouterr().err
 
 
 def test_a_dense_model_has_nothing_to_show(

@@ -85,39 +85,56 @@ import sys, torch
 from pathlib import Path
 from prunefront.training.distributed import joined
 from prunefront.training.errors import StoppedError
-from prunefront.training.examples import ExampleOptions
+from prunefront.training import loop
+from prunefront.training.examples import ExampleOptions, ExampleSelection
 from prunefront.training.loop import train
 from tests.integration.training.test_distributed import RECIPE, DATASET
 from tests.integration.training.test_finetune import student
+from tests.integration.training.test_loop import trilevel
 from tests.unit.training.models import tiny_vit
 
-examples = ExampleOptions(initial_removed=10, remove=4, interval_epochs=1, events=2)
+class Told(ExampleSelection):
+    def start_epoch(self, epoch):
+        event = super().start_epoch(epoch)
+        if event is not None:
+            print("EVENT", {name: str(value) for name, value in vars(event).items()}, flush=True)
+        return event
+
+loop.ExampleSelection = Told
+score = sys.argv[3]
+examples = ExampleOptions(initial_removed=10, remove=4, interval_epochs=1, events=2, score=score)
 recipe = RECIPE.model_copy(update={"mixup": 0.2, "repeats": 2, "examples": examples, "batch_size": 2, "accumulate": 2})
 done = [0]
 stop_at = int(sys.argv[2])
 with joined(torch.device("cpu")) as world:
     try:
         history = train(
-            student(), DATASET, epochs=3, folder=sys.argv[1], recipe=recipe, teacher=tiny_vit(3), world=world,
+            student() if score == "forgetting" else trilevel(),
+            DATASET, epochs=3, folder=sys.argv[1], recipe=recipe, teacher=tiny_vit(3), world=world,
             progress=lambda number, *_: done.__setitem__(0, number),
             # One process alone is asked to stop.
             should_stop=lambda: world.rank == 1 and done[0] >= stop_at,
         )
-        print("HISTORY", history)
+        print("HISTORY", history, flush=True)
     except StoppedError as error:
         print("STOPPED", error)
 """
 
 
 @pytest.mark.slow
-def test_two_processes_resume_with_everything_on_and_agree_on_the_end() -> None:
+@pytest.mark.parametrize("score", ["forgetting", "forgetting+cls_var"])
+def test_two_processes_resume_with_everything_on_and_agree_on_the_end(score: str) -> None:
     Path("script.py").write_text(_SCRIPT)
-    whole, stopped, resumed = (torchrun("script.py", *words) for words in (["a", "99"], ["b", "4"], ["b", "99"]))
+    runs = (["a", "99"], ["b", "4"], ["b", "99"])
+    whole, stopped, resumed = (torchrun("script.py", *words, score) for words in runs)
     assert [run.returncode for run in (whole, stopped, resumed)] == [0, 0, 0], whole.stderr + resumed.stderr
 
     assert stopped.stdout.count("STOPPED Training was stopped after step 4 of 9") == 2
     histories = [line for run in (whole, resumed) for line in run.stdout.splitlines() if line.startswith("HISTORY")]
     assert len(histories) == 4 and len(set(histories)) == 1
+    # Both processes exchange the same images, for the same reasons.
+    events = [line for line in whole.stdout.splitlines() if line.startswith("EVENT")]
+    assert len(events) == 4 and len(set(events)) == 2
     first, second = (torch.load(f"{name}/checkpoint.pt") for name in "ab")
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
     assert first["examples"] == second["examples"] and first["examples"]["events_done"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from torch import nn
 import prunefront
 from prunefront.errors import CheckpointError, ConfigError, CorruptImageError, ModelError, UnknownNameError
 from prunefront.training.checkpoints import CHECKPOINT_NAME, save_weights
+from prunefront.training.data import data_config_of, open_split
 from prunefront.training.errors import DivergedError, StoppedError
-from prunefront.training.examples import ExampleOptions
+from prunefront.training.examples import ExampleOptions, ExampleSelection
 from prunefront.training.logs import RunLog
 from prunefront.training.loop import BEST_NAME, EMA_NAME, train
 from prunefront.training.objectives import OBJECTIVES, Classification, Loss
 from prunefront.training.recipes import Distillation, KeepRateSchedule, Recipe
 from tests.integration.training.image_folders import write_images
-from tests.integration.training.test_finetune import stop_after, student
+from tests.integration.training.test_finetune import CONFIG, stop_after, student
 from tests.unit.training.models import tiny_vit
 
 DATASET = "imagefolder:grey"
@@ -41,6 +43,7 @@ RECIPE = Recipe(
     evaluates_ema=True,
     distillation=Distillation(alpha=0.5, tau=2.0),
 )
+HALF_AT_1 = [{"block": 1, "op": "prune", "keep_ratio": 0.5}]
 FILES = ("model.safetensors", EMA_NAME, BEST_NAME)
 
 
@@ -231,7 +234,7 @@ def test_an_objective_is_one_class_and_its_parts_are_logged(tmp_path, monkeypatc
 
         def forward(self, model, teacher, images, **options):
             logits, aux = model(images, return_aux=True, **options)
-            return (logits, None), aux
+            return (logits, None, None), aux
 
         def loss(self, outputs, targets):
             answer, aux = outputs
@@ -246,25 +249,80 @@ def test_an_objective_is_one_class_and_its_parts_are_logged(tmp_path, monkeypatc
     assert "loss_tokens" in (tmp_path / "run" / "log.csv").read_text()
 
 
-def test_the_example_level_shortens_the_epoch_and_survives_a_resume(tmp_path):
-    # 34 images, of which 10 are left out: six batches of 4; an exchange before the second and the third epoch.
-    examples = ExampleOptions(initial_removed=10, remove=4, interval_epochs=1, events=2)
-    recipe = RECIPE.model_copy(update={"examples": examples, "accumulate": 1})
-    whole = run(tmp_path / "whole", recipe=recipe)
-    stopped(tmp_path / "parts", 8, recipe=recipe)
+def trilevel(sites: list[dict[str, object]] = HALF_AT_1, attn_ratio: float = 0.5) -> nn.Module:
+    config = {**CONFIG, "method": "trilevel", "sites": sites, "options": {"attn_ratio": attn_ratio}}
+    return prunefront.compress(tiny_vit(3, drop_path_rate=0.2), config)
 
-    assert run(tmp_path / "parts", recipe=recipe) == whole
+
+@pytest.mark.parametrize(("score", "model"), [("forgetting", student), ("forgetting+cls_var", trilevel)])
+def test_the_example_level_shortens_the_epoch_and_survives_a_resume(tmp_path, score, model):
+    # 34 images, of which 10 are left out: six batches of 4; an exchange before the second and the third epoch.
+    examples = ExampleOptions(initial_removed=10, remove=4, interval_epochs=1, events=2, score=score)
+    recipe = RECIPE.model_copy(update={"examples": examples, "accumulate": 1})
+    whole = run(tmp_path / "whole", model(), recipe=recipe)
+    stopped(tmp_path / "parts", 8, model=model(), recipe=recipe)
+
+    assert run(tmp_path / "parts", model(), recipe=recipe) == whole
     assert_equal_files(tmp_path / "parts", tmp_path / "whole")
     states = [torch.load(tmp_path / name / CHECKPOINT_NAME) for name in ("parts", "whole")]
     assert states[0]["examples"] == states[1]["examples"]
     assert (states[0]["position"]["step"], states[0]["examples"]["events_done"]) == (18, 2)
 
 
-def test_a_score_that_needs_the_attention_is_refused(tmp_path):
-    recipe = RECIPE.model_copy(update={"examples": ExampleOptions(score="forgetting+cls_var")})
+@pytest.mark.parametrize(
+    ("sites", "attn_ratio"),
+    [
+        ([], 1.0),
+        ([{"block": 2, "op": "prune", "keep_ratio": 0.5}], 1.0),
+        ([{"block": 2, "op": "prune", "keep_ratio": 0.5}], 0.5),
+    ],
+)
+def test_images_are_scored_by_the_variance_of_the_last_blocks_class_attention(tmp_path, sites, attn_ratio):
+    # Each of 24 images once, by weights that do not move; nothing leaves before the attention of the last block.
+    options = ExampleOptions(initial_removed=10, remove=4, interval_epochs=1, events=1, score="forgetting+cls_var")
+    recipe = Recipe(
+        batch_size=4,
+        lr=1e-12,
+        lr_batch_size=None,
+        drop_path=0.0,
+        augmentation=None,
+        distillation=None,
+        examples=options,
+    )
+    run(tmp_path / "run", trilevel(sites, attn_ratio), recipe=recipe, epochs=1, teacher=None, validates=False)
+    selection = ExampleSelection(34, options)
+    selection.load_state_dict(torch.load(tmp_path / "run" / CHECKPOINT_NAME)["examples"])
+    event = selection.start_epoch(1)
 
-    with pytest.raises(ConfigError, match="set examples.score=forgetting"):
+    dense = tiny_vit(3).eval()
+    projected: list[torch.Tensor] = []
+    dense.blocks[2].attn.qkv.register_forward_hook(lambda module, args, out: projected.append(out))
+    split = open_split(DATASET, "train", data_config=data_config_of(dense), train=True)
+    with torch.no_grad():
+        dense(torch.stack([split[int(image)][0] for image in event.ranking]))
+    q, k, _ = projected[0].view(24, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    attention = (q[:, :, :1] @ k.transpose(2, 3) / 4).softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+    expected = (attention - attention.mean(dim=1, keepdim=True)).square().sum(dim=1) / 15
+    assert event.class_variance.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_a_score_by_attention_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    recipe = RECIPE.model_copy(update={"examples": ExampleOptions(score="forgetting+cls_var"), "keep_rate": None})
+
+    with pytest.raises(ConfigError, match="with the method 'hybrid' hands out no class attention.*=forgetting, or"):
         run(tmp_path / "run", recipe=recipe)
+    with pytest.raises(ConfigError, match="A dense model hands out no class attention"):
+        run(tmp_path / "run", tiny_vit(3), recipe=recipe)
+    with pytest.raises(ConfigError, match="of which this config leaves 1; keep at least 2"):
+        run(tmp_path / "run", trilevel([{"block": 1, "op": "prune", "tokens": 1}]), recipe=recipe)
+
+    class Forgetful(Classification):
+        def loss(self, outputs, targets):
+            return dataclasses.replace(super().loss(outputs, targets), class_attention=None)
+
+    monkeypatch.setitem(OBJECTIVES, "forgetful", Forgetful)
+    with pytest.raises(ConfigError, match="The objective 'forgetful' hands out no class attention"):
+        run(tmp_path / "run", trilevel(), recipe=recipe.model_copy(update={"objective": "forgetful"}))
 
 
 def test_an_image_that_cannot_be_decoded_is_skipped_or_refused(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional as F
 
@@ -243,6 +244,27 @@ def test_what_timm_offers_keeps_working(name: str) -> None:
         torch.testing.assert_close(parameter.grad, plain[parameter_name], atol=1e-4, rtol=1e-4)
     with pytest.raises(ModelError, match="no feature maps per block"):
         compressed.forward_intermediates(images)
+
+
+@pytest.mark.parametrize("name", ["trilevel", "trilevel-attention"])
+def test_looking_at_the_attention_changes_nothing_in_training_or_under_checkpointing(name: str) -> None:
+    config = models.schedules()[name]
+    images = _images(config.model)
+    compressed: Any = prunefront.compress(models.build(config.model), config).train()
+    for block in compressed.blocks:
+        block.drop_path1, block.drop_path2 = DropPath(0.5), DropPath(0.5)
+    results = []
+    for checkpointing, looks in ((False, False), (False, True), (True, True)):
+        compressed.set_grad_checkpointing(checkpointing)
+        compressed.zero_grad()
+        torch.manual_seed(5)
+        logits = compressed(images, return_aux=True)[0] if looks else compressed(images)
+        logits.square().sum().backward()
+        results.append((logits.detach(), [parameter.grad.clone() for parameter in compressed.parameters()]))
+
+    for logits, gradients in results[1:]:
+        torch.testing.assert_close(logits, results[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients, results[0][1], atol=1e-4, rtol=1e-4)
 
 
 def test_another_schedule_for_one_call_leaves_the_model_alone() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import prunefront
 from prunefront.errors import ConfigError, UnknownNameError
 from prunefront.runtimes import CompiledForward, cast_modules, fastest_attention, prepare
 
@@ -81,6 +82,20 @@ def test_a_compiled_forward_packs_its_weights_and_refuses_another_shape() -> Non
             compiled(torch.randn(5, 16))
         linear.weight.zero_()
         torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_whose_counts_depend_on_the_images_is_not_compiled() -> None:
+    model = prunefront.create_model(
+        {
+            "format": "prunefront/config/1",
+            "model": {"name": "digit_vit_patch6_48"},
+            "method": "spvit",
+            "sites": [{"block": 1, "op": "select", "cumulative_keep_ratio": 0.5}],
+        },
+        pretrained=False,
+    ).eval()
+    with torch.inference_mode(), pytest.raises(ConfigError, match="one graph, since its token counts depend on"):
+        CompiledForward(model, CPU)(torch.randn(2, 3, 48, 48))
 
 
 @pytest.mark.gpu

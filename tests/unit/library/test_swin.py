@@ -103,12 +103,22 @@ def test_official_images_do_not_depend_on_their_batch_and_counts_are_the_recorde
 
 
 def test_official_defaults_are_the_papers() -> None:
-    assert [site["block"] for site in swin_sites([2, 2, 6, 2])] == [5, 6, 7]
-    config = models.config("trilevel", swin_sites([2, 2, 6, 2]), ModelSpec(name="swin_tiny_patch4_window7_224"))
+    sites, options = swin_sites([2, 2, 6, 2])
+    assert [site["block"] for site in sites] == [5, 6, 7]
+    config = models.config("trilevel", sites, ModelSpec(name="swin_tiny_patch4_window7_224"))
     counts = prunefront.token_counts(config)
     assert counts.tokens_in == [3136] * 2 + [784] * 2 + [196, 196, 176, 158, 142, 142, 49, 49]
     assert counts.is_static
-    assert not prunefront.token_counts(config.evolve(options={"tie": "official"})).is_static
+    assert not prunefront.token_counts(config.evolve(options=options)).is_static
+
+
+def test_the_repositorys_option_sets_the_ratio_at_the_places_of_swin() -> None:
+    case, tensors = _case()
+    constant = swin_from_official(case["model"], {"token_prune_ratio": 0.6}, _weights(tensors))
+    option = swin_from_official({**case["model"], "token_prune_ratio": 0.8}, {"keep_ratio": 0.6}, _weights(tensors))
+
+    assert option.prune_config == constant.prune_config
+    assert {site.keep_ratio for site in option.prune_config.sites} == {0.6}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,8 @@ def test_official_defaults_are_the_papers() -> None:
     [
         ({}, {"token_prune_ratio": 1.5}, "above 0 and at most 1, but got 1.5"),
         ({}, {"ratio": 0.5}, "Unknown hyper-parameter.*ratio"),
+        ({}, {"keep_ratio": 1.5}, "keep_ratio is a share .* but got 1.5"),
+        ({}, {"keep_ratio": 0.5, "token_prune_ratio": 0.5}, "Give one of them"),
         ({}, {"stage": 4}, "stage is one of 0 to 2, but got 4"),
         ({"ape": True}, {}, "no absolute position embedding"),
         ({"window_size": None}, {}, "The architecture lacks window_size"),
