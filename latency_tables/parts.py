@@ -106,9 +106,13 @@ class AttentionHalf(nn.Module):
         batch, tokens, _ = x.shape
         if self.entry == SIZED_ATTENTION:
             return log_size_bias(torch.full((batch, tokens), 2.0, device=x.device), x.dtype)
-        if self.entry == MASKED_ATTENTION:
-            return torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=x.device)
-        return None
+        return all_connections(x) if self.entry == MASKED_ATTENTION else None
+
+
+def all_connections(x: Tensor) -> Tensor:
+    """A mask that leaves all open, which costs what any other does: (B, 1, N, N) for tokens (B, N, C)."""
+    batch, tokens, _ = x.shape
+    return torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=x.device)
 
 
 class MlpHalf(nn.Module):
@@ -132,12 +136,15 @@ class ReducingBlock(nn.Module):
         self.kind = kind
         self.steps = tuple(steps)
         self.frame = frame
-        predictor = get_method(kind.method).create_predictor(frame.geometry)
+        self.method = get_method(kind.method)  # Here: a compiler cannot trace the import.
+        predictor = self.method.create_predictor(frame.geometry)
         self.predictor = None if predictor is None else predictor.to(next(block.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, call = self.frame.tokens(x), Call(options=self.kind.options, predictor=self.predictor)
-        return get_method(self.kind.method).forward_block(self.frame.blocks, self.block, tokens, self.steps, call).x
+        if self.kind.masks_attention:
+            tokens = tokens.but(mask=all_connections(x))
+        return self.method.forward_block(self.frame.blocks, self.block, tokens, self.steps, call).x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +163,7 @@ class ReductionKind:
 
     @property
     def masks_attention(self) -> bool:
-        """Whether attention is masked in the blocks that follow."""
+        """Whether attention is masked in the blocks that follow; timed as the second of such sites, under a mask."""
         return self.name.endswith(CONNECTIONS)
 
     def runs_on(self, geometry: ModelGeometry) -> bool:
@@ -214,7 +221,7 @@ def _kinds() -> dict[str, ReductionKind]:
         ("dynamicvit.select", "dynamicvit", ("select",), {}, None),
         ("spvit.select", "spvit", ("select",), {"mode": "fixed"}, None),
         ("trilevel.prune", "trilevel", ("prune",), {}, "evit.prune"),
-        (f"trilevel.prune{CONNECTIONS}", "trilevel", ("prune",), {"attn_ratio": 0.5}, None),
+        (f"trilevel.prune{CONNECTIONS}", "trilevel", ("prune",), {"attn_ratio": 0.3}, None),
     ]
     return {
         name: ReductionKind(

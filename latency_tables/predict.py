@@ -29,6 +29,7 @@ from latency_tables.parts import (
     REDUCTION_KINDS,
     SIZED_ATTENTION,
     STEM,
+    ReductionKind,
     gives_sizes,
     kind_name,
     measured_methods,
@@ -117,7 +118,7 @@ class Predictor:
         self._overhead = {
             kind.name: Surface(
                 {
-                    (t_in, t_out): ms - self._attention(kind.tokens_attended(t_in, t_out)) - self._mlp(t_out)
+                    (t_in, t_out): ms - self._halves_ms(kind, t_in, t_out)
                     for (t_in, t_out), ms in groups[kind.entry].items()
                 }
             )
@@ -221,6 +222,12 @@ class Predictor:
                 f"Counts are of the patches kept at each site: 0 to {patches}, and none above the site before. "
                 "Count with prunefront.token_use.TokenCounter on a model of this config."
             )
+
+    def _halves_ms(self, kind: ReductionKind, tokens_in: int, tokens_out: int) -> float:
+        """What both halves take of a measured block that reduces."""
+        attended = kind.tokens_attended(tokens_in, tokens_out)
+        mask = self._masked_extra(attended) if kind.masks_attention else 0.0
+        return self._attention(attended) + mask + self._mlp(tokens_out)
 
     def _stem_ms(self, tokens: int) -> float:
         """Stem at another image size costs in proportion to its tokens: it is one convolution over the patches."""

@@ -115,7 +115,7 @@ def _draw_options(method_name: str, draw: random.Random) -> dict[str, Any]:
         "score": ("cls", "cls_value"),
         "threshold": (0, None, 7e-5),
         "mode": ("fixed",),
-        "attn_ratio": (1.0, 0.7),
+        "attn_ratio": (1.0, 0.3),
     }
     return {name: draw.choice(values) for name, values in choices.items() if name in known}
 

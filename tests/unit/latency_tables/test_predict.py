@@ -140,7 +140,7 @@ def learned_table(**changes: Any) -> LatencyTable:
         for t_in, t_out in points
     ]
     masks = [
-        entry("block.trilevel.prune:connections", t_in, t_out, 2.0 * t_in + 3.0 * t_out + 9.0) for t_in, t_out in points
+        entry("block.trilevel.prune:connections", t_in, t_out, 2.5 * t_in + 3.0 * t_out + 9.0) for t_in, t_out in points
     ]
     masked = [entry("attention.masked", at, at, 2.5 * at) for at in (2, 17)]
     sized = [entry("attention.sized", at, at, 2.25 * at) for at in (2, 17)]
