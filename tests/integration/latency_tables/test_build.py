@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -18,6 +19,7 @@ from latency_tables.csv_import import export_csv, import_csv
 from latency_tables.device import describe_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.measure import MeasureSettings, Subject
+from latency_tables.parts import REDUCTION_KINDS, Frame, ReducingBlock
 from latency_tables.plot import plot_table
 from latency_tables.predict import predict_distribution, predict_latency_ms
 from latency_tables.schema import Correction, LatencyTable
@@ -26,6 +28,7 @@ from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig, Site
 from prunefront.errors import ModelError, UnknownNameError
 from prunefront.geometry import block_key, geometry_for
+from prunefront.runtimes import CompiledForward
 from prunefront.token_use import TokenCounter
 from tests.unit.latency_tables.fakes import NO_CLASS_TOKEN, TINY
 
@@ -304,3 +307,18 @@ def test_gpus_get_a_dense_grid_and_compiled_tables_a_sparse_one() -> None:
     compiled = settings_for(torch.device("cpu"), "compile")
     assert len(compiled.token_shares) < len(eager.token_shares) < len(gpu.token_shares)
     assert compiled.max_token_counts < eager.max_token_counts < gpu.max_token_counts
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evit.prune", "dynamicvit.select", "spvit.select", "trilevel.prune:connections"])
+def test_a_reducing_block_compiles_whole(name: str) -> None:
+    torch.manual_seed(0)
+    model = cast(VisionTransformer, create_dense(TINY).eval())
+    kind = REDUCTION_KINDS[name]
+    steps = kind.steps(17, 0.3, 1)
+    assert steps is not None
+    part = ReducingBlock(cast(Block, model.blocks[0]), kind, steps, Frame.of(model)).eval()
+    x = torch.randn(2, 17, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(CompiledForward(part, torch.device("cpu"))(x), part(x), atol=1e-5, rtol=1e-5)
