@@ -48,6 +48,7 @@ from latency_tables.partial import FinishedGroup, PartialFile, rescaled
 from latency_tables.parts import (
     ATTENTION,
     HEAD,
+    MASKED_ATTENTION,
     MLP,
     SIZED_ATTENTION,
     STEM,
@@ -80,7 +81,7 @@ class BuildSettings:
     """What a build measures. `settings_for` chooses by device and runtime."""
 
     token_shares: tuple[float, ...]  # First token counts, as shares of all tokens.
-    sized_shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)  # The same where tokens have sizes.
+    sized_shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)  # The same where tokens have sizes, or attention a mask.
     max_token_counts: int  # Adaptive refinement stops there.
     least_gap: int = 8  # Token counts closer than this are not refined between.
     tolerance: float = 0.03  # Interpolation error of a block that is good enough, relative.
@@ -267,8 +268,14 @@ class _Build:
             for shares in (settings.token_shares, settings.sized_shares)
         )
         ends = [self._stem(), self._head(most), self._head(max(least, most // 4))]
-        sized = [self._chain(count, sized=True) for count in sized_counts]
-        self._group("blocks", [*(self._chain(count) for count in counts), *ends, *sized], settings.blocks, 0.0, 0.6)
+        biased = [SIZED_ATTENTION]
+        if any(kind.masks_attention for kind in measured_kinds(self.geometry)):
+            biased.append(MASKED_ATTENTION)
+        chains = [
+            *(self._chain(count) for count in counts),
+            *(self._chain(count, attention) for attention in biased for count in sized_counts),
+        ]
+        self._group("blocks", [*chains, *ends], settings.blocks, 0.0, 0.6)
         # Refine between two counts until the middle lies on the line between them.
         open_gaps = list(itertools.pairwise(counts))
         share = 0.6
@@ -372,12 +379,12 @@ class _Build:
     def _ready(self, module: nn.Module) -> Forward:
         return prepare(module, self.runtime, self.dtype, self.device)
 
-    def _chain(self, tokens: int, *, sized: bool = False) -> _Planned:
+    def _chain(self, tokens: int, attention: str = ATTENTION) -> _Planned:
         """Some blocks one after the other on ``tokens`` tokens, a lap per half; other blocks in every sample."""
         x = self.tokens[:, :tokens].contiguous()
-        attention = SIZED_ATTENTION if sized else ATTENTION
+        with_mlp = attention == ATTENTION
         pairs = [
-            (self._part(AttentionHalf(block, self.frame, sized=sized)), self._part(MlpHalf(block, self.frame)))
+            (self._part(AttentionHalf(block, self.frame, attention)), self._part(MlpHalf(block, self.frame)))
             for block in self._timed_blocks
         ]
         turns = itertools.cycle(pairs)
@@ -388,12 +395,12 @@ class _Build:
             for attention_half, mlp_half in itertools.islice(turns, count):
                 h = attention_half(h)
                 lap(attention)
-                if not sized:
+                if with_mlp:
                     h = mlp_half(h)
                     lap(MLP)
 
         entries = {attention: (attention, tokens, tokens)}
-        if not sized:
+        if with_mlp:
             entries[MLP] = (MLP, tokens, tokens)
         return _Planned(subject=subject, entries=entries, module=self.blocks[0])
 

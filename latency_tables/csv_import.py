@@ -16,7 +16,7 @@ from pathlib import Path
 
 from latency_tables.device import DeviceInfo
 from latency_tables.errors import LatencyTableError
-from latency_tables.parts import ATTENTION, BLOCK, HEAD, MLP, REDUCTION_KINDS, SIZED_ATTENTION, STEM
+from latency_tables.parts import ATTENTION, BLOCK, HALVES, HEAD, MLP, REDUCTION_KINDS, STEM
 from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime
 from prunefront.config import ModelSpec
 from prunefront.files import write_atomic
@@ -80,7 +80,7 @@ def parse_csv(text: str, name: str = "CSV") -> LatencyCsv:
             iqr_ms=_milliseconds(values, "iqr_ms", line),
             samples=_whole(values, "samples", line),
         )
-        if entry.entry in (ATTENTION, SIZED_ATTENTION, MLP) and entry.tokens_in != entry.tokens_out:
+        if entry.entry in HALVES and entry.tokens_in != entry.tokens_out:
             raise LatencyTableError(
                 f"{line}: {entry.entry} keeps its tokens, so tokens_in and tokens_out must be equal, but got "
                 f"{entry.tokens_in} and {entry.tokens_out}. Fix the counts."
@@ -188,7 +188,7 @@ def save_csv(table: LatencyTable, path: str | os.PathLike[str]) -> Path:
 
 
 def _entry_name(values: Mapping[str, str], line: str) -> str:
-    known = (STEM, HEAD, ATTENTION, SIZED_ATTENTION, MLP, *(kind.entry for kind in REDUCTION_KINDS.values()))
+    known = (STEM, HEAD, *HALVES, *(kind.entry for kind in REDUCTION_KINDS.values()))
     name = values["entry"]
     if name not in known:
         raise LatencyTableError(f"{line}: unknown entry {name!r}; expected one of {', '.join(known)}.")

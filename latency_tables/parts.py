@@ -1,8 +1,9 @@
 """The parts that a table times: stem, halves of blocks, blocks that reduce, head; and their names in the table.
 
 ``attention``: norm, attention and residual of a block; ``attention.sized``: the same with the log-size bias that
-proportional attention adds once tokens were merged; ``mlp``: norm, MLP and residual; ``block.KIND``: a whole block
-that reduces its tokens between the two.
+proportional attention adds once tokens were merged; ``attention.masked``: the same with a mask of its connections, as
+Tri-Level has after a site; ``mlp``: norm, MLP and residual; ``block.KIND``: a whole block that reduces its tokens
+between the two, or before both where a predictor selects them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from prunefront.backbones.eva import EVA_BLOCKS, embed
 from prunefront.backbones.vit import VIT_BLOCKS
 from prunefront.blocks import Blocks
-from prunefront.geometry import ModelGeometry, in_chans_of
+from prunefront.geometry import ModelGeometry, geometry_of, in_chans_of
 from prunefront.methods.base import Call
 from prunefront.methods.ppt import forced_branch
 from prunefront.ops.attention import log_size_bias
@@ -28,26 +29,31 @@ from prunefront.ops.tokens import Tokens
 from prunefront.registry import get_method
 from prunefront.schedule import Step
 
-STEM, HEAD, ATTENTION, SIZED_ATTENTION, MLP, BLOCK = "stem", "head", "attention", "attention.sized", "mlp", "block."
+STEM, HEAD, MLP, BLOCK = "stem", "head", "mlp", "block."
+ATTENTION, SIZED_ATTENTION, MASKED_ATTENTION = "attention", "attention.sized", "attention.masked"
+HALVES = (ATTENTION, SIZED_ATTENTION, MASKED_ATTENTION, MLP)
+CONNECTIONS = ":connections"  # Ends the name of a kind that masks attention from then on.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What the parts of a block need beside its tokens: the family of the block, the prefix, rotations by place."""
+    """What the parts of a block need beside its tokens: family of the block, geometry, prefix, rotations by place."""
 
     blocks: Blocks
+    geometry: ModelGeometry
     num_prefix: int
     rotary: Rotary | None = None
 
     @classmethod
     def of(cls, model: VisionTransformer | Eva) -> Frame:
         """The frame of a model's blocks, on its device and in its dtype."""
+        geometry, num_prefix = geometry_of(model), model.num_prefix_tokens
         if not isinstance(model, Eva):
-            return cls(blocks=VIT_BLOCKS, num_prefix=model.num_prefix_tokens)
+            return cls(blocks=VIT_BLOCKS, geometry=geometry, num_prefix=num_prefix)
         image = next(model.parameters()).new_zeros(1, in_chans_of(model), *model.patch_embed.img_size)
         with torch.no_grad():
             tokens = embed(model, image)
-        return cls(blocks=EVA_BLOCKS, num_prefix=model.num_prefix_tokens, rotary=tokens.rotary)
+        return cls(blocks=EVA_BLOCKS, geometry=geometry, num_prefix=num_prefix, rotary=tokens.rotary)
 
     def tokens(self, x: Tensor) -> Tokens:
         """``x`` (B, N, C) as the first N tokens of each image; rotations are looked up as after a reduction."""
@@ -85,18 +91,28 @@ class Head(nn.Module):
 
 
 class AttentionHalf(nn.Module):
-    """Norm, attention and residual of a block; ``sized`` adds a log-size bias as after merging."""
+    """Norm, attention and residual of a block, under the bias that its ``entry`` is named after."""
 
-    def __init__(self, block: Block | EvaBlock, frame: Frame, *, sized: bool = False) -> None:
+    def __init__(self, block: Block | EvaBlock, frame: Frame, entry: str = ATTENTION) -> None:
         super().__init__()
         self.block = block
         self.frame = frame
-        self.sized = sized
+        self.entry = entry
 
     def forward(self, x: Tensor) -> Tensor:
-        size = torch.full(x.shape[:2], 2.0, device=x.device) if self.sized else None
-        tokens = self.frame.tokens(x)
-        return x + self.frame.blocks.attention(self.block, tokens, log_size_bias(size, x.dtype))[0]
+        return x + self.frame.blocks.attention(self.block, self.frame.tokens(x), self._bias(x))[0]
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        batch, tokens, _ = x.shape
+        if self.entry == SIZED_ATTENTION:
+            return log_size_bias(torch.full((batch, tokens), 2.0, device=x.device), x.dtype)
+        return all_connections(x) if self.entry == MASKED_ATTENTION else None
+
+
+def all_connections(x: Tensor) -> Tensor:
+    """A mask that leaves all open, which costs what any other does: (B, 1, N, N) for tokens (B, N, C)."""
+    batch, tokens, _ = x.shape
+    return torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=x.device)
 
 
 class MlpHalf(nn.Module):
@@ -112,7 +128,7 @@ class MlpHalf(nn.Module):
 
 
 class ReducingBlock(nn.Module):
-    """A whole block with its reductions."""
+    """A whole block with its reductions; what they learn is freshly initialised."""
 
     def __init__(self, block: Block | EvaBlock, kind: ReductionKind, steps: Sequence[Step], frame: Frame) -> None:
         super().__init__()
@@ -120,10 +136,15 @@ class ReducingBlock(nn.Module):
         self.kind = kind
         self.steps = tuple(steps)
         self.frame = frame
+        self.method = get_method(kind.method)  # Here: a compiler cannot trace the import.
+        predictor = self.method.create_predictor(frame.geometry)
+        self.predictor = None if predictor is None else predictor.to(next(block.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, call = self.frame.tokens(x), Call(options=self.kind.options)
-        return get_method(self.kind.method).forward_block(self.frame.blocks, self.block, tokens, self.steps, call).x
+        tokens, call = self.frame.tokens(x), Call(options=self.kind.options, predictor=self.predictor)
+        if self.kind.masks_attention:
+            tokens = tokens.but(mask=all_connections(x))
+        return self.method.forward_block(self.frame.blocks, self.block, tokens, self.steps, call).x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +160,18 @@ class ReductionKind:
     @property
     def entry(self) -> str:
         return BLOCK + self.name
+
+    @property
+    def masks_attention(self) -> bool:
+        """Whether attention is masked in the blocks that follow; timed as the second of such sites, under a mask."""
+        return self.name.endswith(CONNECTIONS)
+
+    def runs_on(self, geometry: ModelGeometry) -> bool:
+        return geometry.has_class_token or not set(self.ops) & set(get_method(self.method).ranking_ops)
+
+    def tokens_attended(self, tokens_in: int, tokens_out: int) -> int:
+        """Tokens that the attention of such a block works on."""
+        return tokens_out if get_method(self.method).acts_before_attention else tokens_in
 
     def steps(self, tokens_in: int, share: float, num_prefix_tokens: int) -> tuple[Step, ...] | None:
         """Steps that remove about ``share`` of the patch tokens in all, or None where the method cannot.
@@ -185,6 +218,10 @@ def _kinds() -> dict[str, ReductionKind]:
         ("hybrid.fuse:cls_value", "hybrid", ("fuse",), {"score": "cls_value"}, "hybrid.fuse"),
         ("hybrid.prune+merge:cls_value", "hybrid", ("prune", "merge"), {"score": "cls_value"}, "hybrid.prune+merge"),
         ("hybrid.fuse+merge:cls_value", "hybrid", ("fuse", "merge"), {"score": "cls_value"}, "hybrid.fuse+merge"),
+        ("dynamicvit.select", "dynamicvit", ("select",), {}, None),
+        ("spvit.select", "spvit", ("select",), {"mode": "fixed"}, None),
+        ("trilevel.prune", "trilevel", ("prune",), {}, "evit.prune"),
+        (f"trilevel.prune{CONNECTIONS}", "trilevel", ("prune",), {"attn_ratio": 0.3}, None),
     ]
     return {
         name: ReductionKind(
@@ -204,12 +241,7 @@ def measured_methods() -> list[str]:
 
 def measured_kinds(geometry: ModelGeometry) -> list[ReductionKind]:
     """Kinds that a model of this geometry can run and that no other one stands in for."""
-    return [
-        kind
-        for kind in REDUCTION_KINDS.values()
-        if kind.like is None
-        and (geometry.has_class_token or not set(kind.ops) & set(get_method(kind.method).ranking_ops))
-    ]
+    return [kind for kind in REDUCTION_KINDS.values() if kind.like is None and kind.runs_on(geometry)]
 
 
 def kind_name(method: str, options: Mapping[str, Any], steps: Sequence[Step]) -> str:
@@ -218,6 +250,8 @@ def kind_name(method: str, options: Mapping[str, Any], steps: Sequence[Step]) ->
         branch = forced_branch(options.get("threshold"), steps[0].kept + steps[0].removed)
         return f"ppt.{branch or 'pool_or_prune'}"
     name = f"{method}.{'+'.join(step.op for step in steps)}"
+    if options.get("attn_ratio", 1.0) < 1.0:
+        return name + CONNECTIONS
     return f"{name}:cls_value" if options.get("score") == "cls_value" and steps[0].op != "merge" else name
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latency_tables.errors import LatencyTableError
-from latency_tables.parts import ATTENTION, BLOCK, MLP, SIZED_ATTENTION
+from latency_tables.parts import BLOCK, HALVES
 from latency_tables.schema import LatencyEntry, LatencyTable, ValidationReport
 from prunefront.errors import MissingExtraError
 from prunefront.files import write_atomic
@@ -49,7 +49,7 @@ def render_table(table: LatencyTable, picture_format: str = "png") -> bytes:
         MissingExtraError: If matplotlib is not installed.
     """
     groups = table.entries_by_name
-    halves = {name: groups.get(name, ()) for name in (ATTENTION, SIZED_ATTENTION, MLP)}
+    halves = {name: groups.get(name, ()) for name in HALVES}
     blocks = {name.removeprefix(BLOCK): entries for name, entries in groups.items() if name.startswith(BLOCK)}
     figure = _figure(1 + bool(blocks) + (table.validation is not None))
     panels = iter(figure.axes)

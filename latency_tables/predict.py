@@ -1,5 +1,7 @@
 """Predicted latency of a schedule: one lookup per half block, reduction, stem and head, summed and corrected.
 
+Where each image keeps counts of its own, the latency is a distribution over batches of real images.
+
 Nothing is predicted that was not measured: other hardware, blocks, operations or token counts are refused with a
 sentence that says what to rebuild.
 """
@@ -8,9 +10,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from latency_tables.device import DeviceInfo
 from latency_tables.errors import LatencyTableError, UnmeasuredTokensError
@@ -19,18 +24,21 @@ from latency_tables.parts import (
     ATTENTION,
     BLOCK,
     HEAD,
+    MASKED_ATTENTION,
     MLP,
     REDUCTION_KINDS,
     SIZED_ATTENTION,
     STEM,
+    ReductionKind,
     gives_sizes,
     kind_name,
+    measured_methods,
 )
 from latency_tables.schema import LatencyTable
 from prunefront.config import ConfigSource, load_config
 from prunefront.geometry import ModelGeometry, block_key, geometry_for
 from prunefront.registry import get_method
-from prunefront.schedule import TokenSchedule, plan_schedule
+from prunefront.schedule import BlockSchedule, TokenSchedule, plan_schedule, schedule_of_counts
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +62,7 @@ class Prediction:
     latency_ms: float  # Corrected; what a whole model is expected to take.
     rest_ms: float  # Stem and head, uncorrected like the blocks.
     blocks: tuple[BlockPrediction, ...]
+    is_nominal: bool = False  # Each image keeps counts of its own; `predict_distribution` takes them into account.
 
     @property
     def part_sums(self) -> dict[str, float]:
@@ -66,6 +75,16 @@ class Prediction:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatencyDistribution:
+    """Predicted ms per forward pass of the table's batch, over batches of real images."""
+
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+    num_batches: int
+
+
 class Predictor:
     """Lookups prepared from one table; `predict` re-uses one per table."""
 
@@ -73,6 +92,7 @@ class Predictor:
         # The table may be garbage collected while its predictor is cached, so only what is needed is kept.
         self.name = table.name
         self.block_key = table.block_key
+        self.batch_size = table.batch_size
         self._correction = table.correction
         groups = {
             name: {(entry.tokens_in, entry.tokens_out): entry.median_ms for entry in entries}
@@ -88,51 +108,126 @@ class Predictor:
         self._mlp = _curve(groups[MLP])
         self.min_tokens = max(self._attention.tokens[0], self._mlp.tokens[0])
         self.max_tokens = min(self._attention.tokens[-1], self._mlp.tokens[-1])
-        # Sizes cost a bias in attention; the extra is interpolated, since few token counts are enough for it.
-        sized = _curve(groups.get(SIZED_ATTENTION, {}))
-        self._sized_extra = Curve(
-            {at: ms - self._attention(at) for at, ms in zip(sized.tokens, sized.values, strict=True)} or {0: 0.0}
+        # Sizes and masks cost a bias in attention; the extra is interpolated: few token counts are enough for it.
+        self._sized_extra, self._masked_extra = (
+            Curve({at: ms - self._attention(at) for (at, _), ms in groups.get(name, {}).items()} or {0: 0.0})
+            for name in (SIZED_ATTENTION, MASKED_ATTENTION)
         )
         self._stem = {tokens_out: ms for (_, tokens_out), ms in groups.get(STEM, {}).items()}
         self._head = Curve({tokens_in: ms for (tokens_in, _), ms in groups.get(HEAD, {}).items()} or {0: 0.0})
         self._overhead = {
-            name.removeprefix(BLOCK): Surface(
-                {(t_in, t_out): ms - self._attention(t_in) - self._mlp(t_out) for (t_in, t_out), ms in points.items()}
+            kind.name: Surface(
+                {
+                    (t_in, t_out): ms - self._halves_ms(kind, t_in, t_out)
+                    for (t_in, t_out), ms in groups[kind.entry].items()
+                }
             )
-            for name, points in groups.items()
-            if name.startswith(BLOCK)
+            for kind in REDUCTION_KINDS.values()
+            if kind.entry in groups
         }
 
-    def predict(self, schedule: TokenSchedule) -> Prediction:
+    def predict(self, schedule: TokenSchedule, padded: Sequence[bool] = ()) -> Prediction:
         """Look a schedule up.
+
+        Args:
+            schedule: Of every image of a batch.
+            padded: Per site, whether from there on some images are padded to these counts, which costs a mask as small
+                as the bias of token sizes; none by default.
 
         Raises:
             LatencyTableError: If it needs token counts or operations that were not measured.
         """
         options = dict(schedule.options)
-        proportional = get_method(schedule.method).uses_size_bias(options)
-        sized = False
+        method = get_method(schedule.method)
+        proportional = method.uses_size_bias(options)
+        padding = iter(padded)
+        sized = masked = is_padded = False
+        appended = 0  # Beyond the tokens of the image; the table need not reach that far.
         blocks = []
         for block in schedule.blocks:
-            self._require_measured(block.index, block.tokens_in, block.tokens_out)
-            attention = self._attention(block.tokens_in)
-            if sized and proportional:
+            if method.carries_added_tokens:
+                appended += len(block.steps)
+            self._require_measured(block, appended)
+            for _ in block.steps:
+                is_padded = next(padding, False)
+            attention = _half_ms(self._attention, block.tokens_in)
+            if masked:
+                attention += self._masked_extra(block.tokens_in)
+            elif is_padded or (sized and proportional):
                 attention += self._sized_extra(block.tokens_in)
             reduction = 0.0
             if block.steps:
                 kind = kind_name(schedule.method, options, block.steps)
-                reduction = self._overhead_of(kind)(block.tokens_in, block.tokens_out)
+                reduction = self._overhead_of(kind)(block.tokens_entering, block.tokens_out)
                 sized = sized or gives_sizes(kind, block.steps)
-            blocks.append(
-                BlockPrediction(attention_ms=attention, reduction_ms=reduction, mlp_ms=self._mlp(block.tokens_out))
-            )
-        first, last = schedule.blocks[0].tokens_in, schedule.blocks[-1].tokens_out
+                masked = masked or REDUCTION_KINDS[kind].masks_attention
+            mlp = _half_ms(self._mlp, block.tokens_out)
+            blocks.append(BlockPrediction(attention_ms=attention, reduction_ms=reduction, mlp_ms=mlp))
+        first, last = schedule.blocks[0].tokens_entering, schedule.blocks[-1].tokens_out
         plain = Prediction(latency_ms=0.0, rest_ms=self._stem_ms(first) + self._head(last), blocks=tuple(blocks))
         return Prediction(
             latency_ms=corrected_ms(plain.part_sums, self._correction.intercept_ms, self._correction.factors),
             rest_ms=plain.rest_ms,
             blocks=plain.blocks,
+            is_nominal=not schedule.is_static,
         )
+
+    def predict_distribution(self, schedule: TokenSchedule, counts: NDArray[np.int64]) -> LatencyDistribution:
+        """`predict_distribution` for a schedule."""
+        self._check_counts(schedule, counts)
+        num_batches = len(counts) // self.batch_size
+        batches = counts[: num_batches * self.batch_size].reshape(num_batches, self.batch_size, -1)
+        most = batches.max(axis=1)
+        shapes, places = np.unique(
+            np.concatenate([most, most > batches.min(axis=1)], axis=1), axis=0, return_inverse=True
+        )
+        of_shapes = [
+            self.predict(schedule_of_counts(schedule, kept.tolist()), padded.tolist()).latency_ms
+            for kept, padded in (np.split(shape, 2) for shape in shapes)
+        ]
+        latencies_ms = np.array(of_shapes)[places.reshape(-1)]
+        p50_ms, p95_ms = np.percentile(latencies_ms, [50, 95])
+        return LatencyDistribution(
+            mean_ms=float(latencies_ms.mean()), p50_ms=float(p50_ms), p95_ms=float(p95_ms), num_batches=num_batches
+        )
+
+    def covered_methods(self, geometry: ModelGeometry) -> list[str]:
+        """Methods all of whose reductions on such a model the table has an entry for."""
+        missing = {
+            kind.method
+            for kind in REDUCTION_KINDS.values()
+            if kind.runs_on(geometry) and self._known_kind(kind.name) is None
+        }
+        return [name for name in measured_methods() if name not in missing]
+
+    def _check_counts(self, schedule: TokenSchedule, counts: NDArray[np.int64]) -> None:
+        if schedule.is_static:
+            raise LatencyTableError(
+                "Every image keeps the counts of this schedule, so its latency is a point. Use predict_latency_ms."
+            )
+        num_sites = sum(len(block.steps) for block in schedule.blocks)
+        if counts.ndim != 2 or counts.shape[1] != num_sites:
+            raise LatencyTableError(
+                f"Expected counts of shape (images, {num_sites} sites), but got {counts.shape}. "
+                "Count with prunefront.token_use.TokenCounter on a model of this config."
+            )
+        if len(counts) < self.batch_size:
+            raise LatencyTableError(
+                f"Table {self.name!r} is for batches of {self.batch_size} images, but counts of {len(counts)} were "
+                "given. Count more images, or use a table of a smaller batch size."
+            )
+        patches = schedule.blocks[0].tokens_entering - schedule.num_prefix_tokens
+        if np.any(np.diff(counts, axis=1, prepend=patches) > 0) or np.any(counts < 0):
+            raise LatencyTableError(
+                f"Counts are of the patches kept at each site: 0 to {patches}, and none above the site before. "
+                "Count with prunefront.token_use.TokenCounter on a model of this config."
+            )
+
+    def _halves_ms(self, kind: ReductionKind, tokens_in: int, tokens_out: int) -> float:
+        """What both halves take of a measured block that reduces."""
+        attended = kind.tokens_attended(tokens_in, tokens_out)
+        mask = self._masked_extra(attended) if kind.masks_attention else 0.0
+        return self._attention(attended) + mask + self._mlp(tokens_out)
 
     def _stem_ms(self, tokens: int) -> float:
         """Stem at another image size costs in proportion to its tokens: it is one convolution over the patches."""
@@ -141,24 +236,30 @@ class Predictor:
         nearest = min(self._stem, key=lambda at: abs(at - tokens))
         return self._stem[nearest] * tokens / nearest
 
-    def _overhead_of(self, kind: str) -> Surface:
+    def _known_kind(self, kind: str) -> str | None:
+        """The kind itself, or the first that may stand in for it and has entries."""
         wanted: str | None = kind
-        while wanted is not None:
-            if wanted in self._overhead:
-                return self._overhead[wanted]
-            wanted = REDUCTION_KINDS[wanted].like if wanted in REDUCTION_KINDS else None
+        while wanted is not None and wanted not in self._overhead:
+            wanted = REDUCTION_KINDS[wanted].like
+        return wanted
+
+    def _overhead_of(self, kind: str) -> Surface:
+        known = self._known_kind(kind)
+        if known is not None:
+            return self._overhead[known]
         raise LatencyTableError(
             f"Table {self.name!r} has no entry {BLOCK + kind!r}, which this schedule needs; it knows "
             f"{', '.join(sorted(BLOCK + known for known in self._overhead)) or 'no reductions'}. Rebuild the table, "
             "add the entry to the CSV, or choose a method that it knows."
         )
 
-    def _require_measured(self, block: int, tokens_in: int, tokens_out: int) -> None:
-        for half, tokens in (("attention", tokens_in), ("MLP", tokens_out)):
-            if not self.min_tokens <= tokens <= self.max_tokens:
+    def _require_measured(self, block: BlockSchedule, appended: int) -> None:
+        parts = {"attention": block.tokens_in, "MLP": block.tokens_out, "reduction": block.tokens_entering}
+        for part, tokens in parts.items():
+            if not self.min_tokens <= tokens <= self.max_tokens + appended:
                 raise UnmeasuredTokensError(
-                    f"The {half} of block {block} works on {tokens} tokens, but table {self.name!r} was measured for "
-                    f"{self.min_tokens} to {self.max_tokens}. Rebuild the table from a model whose token counts "
+                    f"The {part} of block {block.index} works on {tokens} tokens, but table {self.name!r} was measured "
+                    f"for {self.min_tokens} to {self.max_tokens}. Rebuild the table from a model whose token counts "
                     f"include {tokens}, or restrict the schedule."
                 )
 
@@ -179,13 +280,38 @@ def predict_latency_ms(table: LatencyTable, config: ConfigSource | TokenSchedule
 
 def predict(table: LatencyTable, config: ConfigSource | TokenSchedule) -> Prediction:
     """`predict_latency_ms` with its parts: which block and which half the time goes to."""
-    predictor = predictor_of(table)
+    return predictor_of(table).predict(_schedule_for(table, config))
+
+
+def predict_distribution(
+    table: LatencyTable, config: ConfigSource | TokenSchedule, counts: NDArray[np.int64]
+) -> LatencyDistribution:
+    """Expected latencies of a model whose images keep counts of their own, such as adaptive SPViT's.
+
+    Batches are filled in the order of the images and padded to their largest counts; the rest of the images is left
+    out.
+
+    Args:
+        table: Measured or imported.
+        config: As for `predict_latency_ms`.
+        counts: Patches that each image keeps at each site, (images, sites), as
+            `prunefront.token_use.TokenCounter` counts them on real images.
+
+    Raises:
+        LatencyTableError: If all images keep the schedule's counts, these counts are not of this schedule or do not
+            fill a batch, or as for `predict_latency_ms`.
+    """
+    return predictor_of(table).predict_distribution(_schedule_for(table, config), counts)
+
+
+def _schedule_for(table: LatencyTable, config: ConfigSource | TokenSchedule) -> TokenSchedule:
+    """The schedule of a config whose blocks the table has."""
     if isinstance(config, TokenSchedule):
-        return predictor.predict(config)
+        return config
     config = load_config(config)
     geometry = geometry_for(config.model)
     require_same_blocks(table, geometry, config.model.name)
-    return predictor.predict(plan_schedule(config, geometry))
+    return plan_schedule(config, geometry)
 
 
 def corrected_ms(part_sums: Mapping[str, float], intercept_ms: float, factors: Mapping[str, float]) -> float:
@@ -256,6 +382,11 @@ def check_table_matches(
     for warning in warnings:
         logger.warning("%s Run `prunefront table validate` to see whether it still holds.", warning)
     return warnings
+
+
+def _half_ms(curve: Curve, tokens: int) -> float:
+    """Half a block; the few tokens that a method appended to all of an image's cost in proportion."""
+    return curve(tokens) * max(1.0, tokens / curve.tokens[-1])
 
 
 def _curve(points: Mapping[tuple[int, int], float]) -> Curve:

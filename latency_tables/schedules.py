@@ -46,7 +46,7 @@ def random_configs(
         LatencyTableError: If no method can run on the model.
     """
     draw = random.Random(seed)
-    names = [name for name in methods or measured_methods() if _usable(name, geometry, spec)]
+    names = [name for name in (measured_methods() if methods is None else methods) if _usable(name, geometry, spec)]
     if not names:
         raise LatencyTableError(
             "None of the methods can run on this model, so there is nothing to draw schedules from."
@@ -114,6 +114,8 @@ def _draw_options(method_name: str, draw: random.Random) -> dict[str, Any]:
         "prop_attn": (True, False),
         "score": ("cls", "cls_value"),
         "threshold": (0, None, 7e-5),
+        "mode": ("fixed",),
+        "attn_ratio": (1.0, 0.3),
     }
     return {name: draw.choice(values) for name, values in choices.items() if name in known}
 

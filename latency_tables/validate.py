@@ -57,7 +57,7 @@ def validate_table(
         seed: Draws the schedules; below 2**32.
         device: Where to run; the kind of device of the table by default.
         spec: Another model of the same blocks; the table's own by default.
-        methods: Restrict to these; all by default.
+        methods: Restrict to these; all that the table has entries for by default.
         progress: Told schedules done of ``num_schedules``.
 
     Raises:
@@ -95,7 +95,7 @@ def validate_table(
         geometry,
         num_schedules,
         seed,
-        methods,
+        predictor.covered_methods(geometry) if methods is None else methods,
         cost=lambda config: predictor.predict(plan_schedule(config, geometry)).latency_ms,
     )
     generator = torch.Generator().manual_seed(seed)

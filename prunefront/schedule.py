@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prunefront.config import ConfigSource, ModelSpec, PruneConfig, Site, load_config
@@ -179,6 +179,31 @@ def token_counts(config: ConfigSource) -> TokenSchedule:
         config: Config, dict, path or open file.
     """
     return plan_schedule(load_config(config))
+
+
+def schedule_of_counts(schedule: TokenSchedule, kept: Sequence[int]) -> TokenSchedule:
+    """The schedule of one image, or of a padded batch, that keeps other counts than the nominal ones.
+
+    Args:
+        schedule: Of a model without stages.
+        kept: Per site the tokens kept of those that it chooses from; none above the one before.
+    """
+    num_patch_tokens = schedule.blocks[0].tokens_entering - schedule.num_prefix_tokens
+    steps = [(block.index, step.op) for block in schedule.blocks for step in block.steps]
+    sites = []
+    present = num_patch_tokens
+    for (block, op), count in zip(steps, kept, strict=True):
+        sites.append(Site(block=block, op=op, remove=present - count))
+        present = count
+    blocks = plan_blocks(
+        get_method(schedule.method),
+        dict(schedule.options),
+        sites,
+        depth=len(schedule.blocks),
+        num_patch_tokens=num_patch_tokens,
+        num_prefix_tokens=schedule.num_prefix_tokens,
+    )
+    return replace(schedule, blocks=blocks, is_static=True)
 
 
 def content_hash(config: PruneConfig) -> str:

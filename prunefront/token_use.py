@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunefront.backbones.compressed import Compressed
-from prunefront.config import PruneConfig, Site
+from prunefront.config import PruneConfig
 from prunefront.geometry import ModelGeometry, geometry_of, spec_of
 from prunefront.macs import macs_of_schedule
-from prunefront.registry import get_method
-from prunefront.schedule import TokenSchedule, plan_model, plan_schedule
+from prunefront.schedule import TokenSchedule, plan_schedule, schedule_of_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ def token_use(model: nn.Module, kept: Sequence[Tensor] | None = None) -> TokenUs
         return TokenUse(is_per_image=False, mean=tokens, p50=tokens, p95=tokens, macs=macs)
     counts = torch.cat(list(kept)).numpy()
     rows, places = np.unique(counts, axis=0, return_inverse=True)
-    of_rows = [_of_image(row, schedule, config, geometry) for row in rows]
+    of_rows = [_of_image(row, schedule, geometry) for row in rows]
     per_image = np.array([tokens for tokens, _ in of_rows], dtype=np.float64)[places.reshape(-1)]
     macs_per_image = np.array([macs for _, macs in of_rows], dtype=np.float64)[places.reshape(-1)]
     return TokenUse(
@@ -109,9 +108,7 @@ def token_use(model: nn.Module, kept: Sequence[Tensor] | None = None) -> TokenUs
     )
 
 
-def _of_image(
-    kept: NDArray[np.int64], schedule: TokenSchedule, config: PruneConfig, geometry: ModelGeometry
-) -> tuple[list[int], int]:
+def _of_image(kept: NDArray[np.int64], schedule: TokenSchedule, geometry: ModelGeometry) -> tuple[list[int], int]:
     """Tokens leaving each block and MACs of an image that keeps ``kept`` at the sites."""
     if geometry.stages:
         # Masks cost what the dense model does, and alive tokens are all there again at the next stage.
@@ -126,14 +123,7 @@ def _of_image(
                 alive[block.index] = current
             first += stage.depth
         return alive, macs_of_schedule(schedule, geometry).model
-    sites = []
-    present = geometry.num_patch_tokens
-    steps = [(block.index, step) for block in schedule.blocks for step in block.steps]
-    for (block_index, step), count in zip(steps, kept.tolist(), strict=True):
-        sites.append(Site(block=block_index, op=step.op, remove=present - count))
-        present = count
-    blocks = plan_model(get_method(config.method), dict(schedule.options), sites, geometry)
-    own = replace(schedule, blocks=blocks)
+    own = schedule_of_counts(schedule, kept.tolist())
     return own.tokens_out, macs_of_schedule(own, geometry).model
 
 

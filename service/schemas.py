@@ -215,6 +215,9 @@ class Prediction(BaseModel):
     dtype: Dtype
     batch_size: int
     predicted_ms: float
+    is_nominal: bool = Field(
+        description="True where each image keeps counts of its own, and predicted_ms is for those of the schedule."
+    )
 
 
 class DeviceCreate(StrictModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,20 +11,29 @@ import typer
 from prunefront.cli.options import (
     AsJson,
     BatchSize,
+    Checkpoint,
     Device,
     DtypeOption,
     ImgSize,
     ModelKwargs,
     NumClasses,
     RuntimeOption,
+    Sha256,
     Url,
     model_spec,
+    weights_file,
 )
 from prunefront.cli.output import note, print_fields, print_json, print_table, progress_bar
 from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
     from latency_tables.schema import LatencyTable, ValidationReport
+    from prunefront.config import PruneConfig
+    from prunefront.training.data import SplitName
 
 app = typer.Typer(help="Build and use latency tables.", no_args_is_help=True)
 
@@ -109,26 +119,60 @@ def show(file: TableFile, as_json: AsJson = False) -> None:
 def predict(
     file: TableFile,
     configs: Annotated[list[Path], typer.Argument(help="Configs.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Where images keep counts of their own: dataset to count them on.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    sha256: Sha256 = None,
+    split: Annotated[Literal["train", "search", "test"], typer.Option(help="With --dataset: split.")] = "test",
+    num_images: Annotated[int, typer.Option(min=1, help="With --dataset: images to count.")] = 512,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Predict the latency of configs, each beside its dense model. Nothing is run.
+    """Predict the latency of configs, each beside its dense model.
+
+    Nothing is run, unless each image keeps counts of its own (SPViT, not in mode "fixed"): then --dataset and the
+    trained weights in --checkpoint give the mean, p50 and p95 over batches of real images. Without them such a latency
+    is nominal: as if every image kept what the config says.
 
     Example: prunefront table predict digit.table.json best.json
+
+    Example: prunefront table predict deit_s.json spvit.json --checkpoint spvit.safetensors --dataset imagefolder:val
     """
-    from latency_tables.predict import predict_latency_ms
+    from latency_tables.device import torch_device
+    from latency_tables.predict import predict as predict_config
+    from latency_tables.predict import predict_distribution, predict_latency_ms
     from latency_tables.schema import load_table
     from prunefront.config import load_config
 
+    if (dataset is None) != (checkpoint is None):
+        raise ConfigError(
+            "Counts of real images come from trained weights on a dataset. Give --dataset and --checkpoint together."
+        )
+    place = torch_device(device)
     table = load_table(file)
-    rows = []
+    weights = weights_file(checkpoint, sha256)
+    rows: list[dict[str, Any]] = []
     for path in configs:
         config = load_config(path)
-        predicted_ms = predict_latency_ms(table, config)
+        predicted = predict_config(table, config)
+        predicted_ms, distribution = predicted.latency_ms, None
+        if predicted.is_nominal and dataset is not None and weights is not None:
+            counts = _count_kept(config, weights, dataset, split, num_images, place)
+            distribution = predict_distribution(table, config, counts)
+            predicted_ms = distribution.mean_ms
+        elif predicted.is_nominal:
+            note(
+                f"{path}: each image keeps counts of its own, so this latency is nominal. Give --dataset and "
+                "--checkpoint for p50 and p95 over real images."
+            )
         dense_ms = predict_latency_ms(table, config.evolve(sites=()))
         rows.append(
             {
                 "config": str(path),
                 "predicted_ms": predicted_ms,
+                "is_nominal": predicted.is_nominal and distribution is None,
+                "distribution": None if distribution is None else asdict(distribution),
                 "dense_predicted_ms": dense_ms,
                 "predicted_speedup": dense_ms / predicted_ms,
             }
@@ -137,11 +181,12 @@ def predict(
         print_json(rows)
         return
     print_table(
-        ["config", "predicted ms", "dense ms", "speed-up"],
+        ["config", "predicted ms", "p50", "p95", "dense ms", "speed-up"],
         [
             (
                 row["config"],
-                f"{row['predicted_ms']:.3f}",
+                f"{row['predicted_ms']:.3f}{' (nominal)' if row['is_nominal'] else ''}",
+                *(row["distribution"] and f"{row['distribution'][name]:.3f}" for name in ("p50_ms", "p95_ms")),
                 f"{row['dense_predicted_ms']:.3f}",
                 f"{row['predicted_speedup']:.2f} ×",
             )
@@ -149,6 +194,31 @@ def predict(
         ],
         title=_measured_for(table),
     )
+
+
+def _count_kept(
+    config: PruneConfig, checkpoint: Path, dataset: str, split: SplitName, num_images: int, device: torch.device
+) -> NDArray[np.int64]:
+    """Patches that each image of a split keeps at each site, (images, sites), in random order."""
+    import numpy as np
+
+    import prunefront
+    from prunefront.token_use import TokenCounter
+    from prunefront.training.data import check_dataset, data_config_of, open_split
+    from prunefront.training.evaluate import evaluate
+
+    check_dataset(dataset)
+    model = prunefront.create_model(config, checkpoint=checkpoint)
+    images = open_split(dataset, split, data_config=data_config_of(model), num_images=num_images, on_corrupt="skip")
+    counter = TokenCounter(model)
+    with progress_bar("Counting tokens") as progress:
+        evaluate(counter, images, device=device, progress=progress)
+    skipped = images.describe_skipped()
+    if skipped is not None:
+        note(f"Warning: {skipped}")
+    # Splits are often sorted by class, which the batches of a deployed model are not.
+    shuffled: NDArray[np.int64] = np.random.default_rng(0).permutation(counter.counts().numpy())
+    return shuffled
 
 
 @app.command("validate")

@@ -10,7 +10,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from latency_tables.csv_import import COLUMNS, parse_csv, table_of_csv
-from latency_tables.predict import predict_latency_ms
+from latency_tables.predict import predict as predict_config
 from latency_tables.schema import DeviceInfo, Dtype, LatencyTable, LatencyTableError, Runtime, parse_table
 from prunefront.config import ModelSpec
 from search.documents import Identifier, Name
@@ -93,13 +93,15 @@ def delete_table(table_id: TableId, store: StoreDep) -> None:
 def predict(table_id: TableId, body: PredictRequest, store: StoreDep) -> Prediction:
     """Predicted, not measured: the error a table may claim is in its `validation`."""
     record = store.get_table(table_id)
+    predicted = predict_config(parse_table(record.document, record.name), body.config)
     return Prediction(
         table=record.id,
         device=record.device_name,
         runtime=record.runtime,
         dtype=record.dtype,
         batch_size=record.batch_size,
-        predicted_ms=predict_latency_ms(parse_table(record.document, record.name), body.config),
+        predicted_ms=predicted.latency_ms,
+        is_nominal=predicted.is_nominal,
     )
 
 

@@ -63,6 +63,7 @@ def test_prediction_is_that_of_the_library(server: Server, http: httpx.Client) -
     answer = http.post(f"/latency-tables/{server.table_id}/predict", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["predicted_ms"] == predict_latency_ms(latency_table(), config)
+    assert answer.json()["is_nominal"] is False
 
 
 def test_prediction_for_other_blocks_is_refused(server: Server, http: httpx.Client) -> None:

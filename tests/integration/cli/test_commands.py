@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import prunefront
 from prunefront.cli.app import run
@@ -287,6 +288,62 @@ def test_a_table_is_built_shown_used_and_drawn(
     assert run(["table", "show", str(table)]) == 0
     assert "mean absolute error" in capfd.readouterr().out
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.fixture
+def adaptive(tmp_path: Path) -> tuple[str, str, str]:
+    """A table of the demo model, 5 ms a token in every block and 7 ms for a selection, batches of one; a config whose
+    images keep counts of their own; and weights for it, with a random selector."""
+    table, path, weights = (str(tmp_path / name) for name in ("table.json", "spvit.json", "spvit.safetensors"))
+    halves = [f"{name},{at},{at},1,{ms * at},0.1,9" for name, ms in (("attention", 2), ("mlp", 3)) for at in (1, 65)]
+    selections = [f"block.spvit.select,65,{at},1,{5 * at + 7},0.1,9" for at in (60, 20)]
+    csv = tmp_path / "table.csv"
+    csv.write_text("\n".join(["entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples", *halves, *selections]))
+    line = ["table", "import", str(csv), "--model", "digit_vit_patch6_48", "--device-name", "phone"]
+    assert run([*line, "--runtime", "onnxruntime", "--out", table]) == 0
+    line = ["config", "new", "--model", "digit_vit_patch6_48", "--method", "spvit", "--at", "2", "--op", "select"]
+    assert run([*line, "--keep-ratio", "0.5", "--out", path]) == 0
+    torch.manual_seed(0)
+    prunefront.save_model(prunefront.create_model(path, pretrained=True), weights)
+    return table, path, weights
+
+
+def test_counts_of_real_images_give_the_spread_of_latency(
+    adaptive: tuple[str, str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    table, path, weights = adaptive
+    images = ["--dataset", "digit-scenes", "--num-images", "40"]
+
+    tokens = result(capfd, "eval", weights, *images)["tokens_out"]
+    (row,) = result(capfd, "table", "predict", table, path, "--checkpoint", weights, *images)
+
+    assert row["is_nominal"] is False
+    assert row["distribution"]["num_batches"] == 40
+    assert tokens["p50"][-1] < tokens["p95"][-1]  # the selector does decide per image
+    # One selection: latency and tokens rise together, so their percentiles are those of the same images.
+    assert row["distribution"]["p50_ms"] == pytest.approx(5 * sum(tokens["p50"]) + 7)
+    assert row["distribution"]["p95_ms"] == pytest.approx(5 * sum(tokens["p95"]) + 7)
+    assert row["predicted_ms"] == row["distribution"]["mean_ms"] == pytest.approx(5 * sum(tokens["mean"]) + 7)
+    assert run(["table", "predict", table, path, "--checkpoint", weights, *images]) == 0
+    assert f" {row['distribution']['p95_ms']:.3f} " in capfd.readouterr().out
+
+
+def test_without_images_a_latency_of_adaptive_counts_is_nominal(
+    adaptive: tuple[str, str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    table, path, weights = adaptive
+
+    (row,) = result(capfd, "table", "predict", table, path)
+
+    assert (row["is_nominal"], row["distribution"]) == (True, None)
+    # 65 tokens in two blocks, then the class token, half of the patches and a package in four.
+    assert row["predicted_ms"] == pytest.approx(5 * (2 * 65 + 4 * 34) + 7)
+    assert run(["table", "predict", table, path]) == 0
+    shown = capfd.readouterr()
+    assert "(nominal)" in shown.out
+    assert "Give --dataset and --checkpoint" in shown.err
+    assert run(["table", "predict", table, path, "--checkpoint", weights]) == 2
+    assert "Give --dataset and --checkpoint together" in capfd.readouterr().err
 
 
 def test_doctor_finds_what_is_here(capfd: pytest.CaptureFixture[str]) -> None:

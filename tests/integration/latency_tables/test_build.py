@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -17,13 +19,17 @@ from latency_tables.csv_import import export_csv, import_csv
 from latency_tables.device import describe_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.measure import MeasureSettings, Subject
+from latency_tables.parts import REDUCTION_KINDS, Frame, ReducingBlock
 from latency_tables.plot import plot_table
-from latency_tables.predict import predict_latency_ms
-from latency_tables.schema import LatencyTable
+from latency_tables.predict import predict_distribution, predict_latency_ms
+from latency_tables.schema import Correction, LatencyTable
 from latency_tables.validate import validate_table
+from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig, Site
 from prunefront.errors import ModelError, UnknownNameError
 from prunefront.geometry import block_key, geometry_for
+from prunefront.runtimes import CompiledForward
+from prunefront.token_use import TokenCounter
 from tests.unit.latency_tables.fakes import NO_CLASS_TOKEN, TINY
 
 ONCE = MeasureSettings(warmup_rounds=1, min_rounds=1, max_rounds=1)
@@ -126,10 +132,11 @@ def uninterrupted() -> Uninterrupted:
 
 def test_a_table_has_halves_ends_and_every_reduction_that_no_other_stands_in_for(table: LatencyTable) -> None:
     names = set(table.entries_by_name)
-    assert {"stem", "head", "attention", "attention.sized", "mlp"} <= names
+    assert {"stem", "head", "attention", "attention.sized", "attention.masked", "mlp"} <= names
     assert {name for name in names if name.startswith("block.")} == {
         "block.evit.prune", "block.evit.fuse", "block.tome.merge", "block.ppt.prune", "block.ppt.pool_or_prune",
         "block.diffrate.merge_mean", "block.hybrid.prune+merge", "block.hybrid.fuse+merge",
+        "block.dynamicvit.select", "block.spvit.select", "block.trilevel.prune:connections",
     }  # fmt: skip
     assert table.block_key == block_key(geometry_for(TINY))
     assert table.device == describe_device("cpu")
@@ -166,6 +173,39 @@ def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: Laten
     validated = table.evolve(validation=report)
     assert LatencyTable.model_validate(validated.model_dump(mode="json")) == validated
     assert plot_table(validated, tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "spvit", "trilevel"])
+def test_learned_methods_are_predicted_on_a_device_without_noise(table: LatencyTable, method: str) -> None:
+    report = validate_table(table, num_schedules=6, seed=2, methods=[method], settings=ONCE, stopwatch=WorkStopwatch())
+    assert {point.config.method for point in report.points} == {method}
+    assert report.mape < 0.02
+
+
+def test_a_table_without_some_reductions_is_validated_with_the_methods_that_it_knows(table: LatencyTable) -> None:
+    older = table.evolve(entries=[entry for entry in table.entries if "select" not in entry.entry])
+    report = validate_table(older, num_schedules=6, seed=2, settings=ONCE, stopwatch=WorkStopwatch())
+    assert not {point.config.method for point in report.points} & {"dynamicvit", "spvit"}
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "bucketed"])
+def test_batches_of_adaptive_images_cost_what_their_counts_predict(table: LatencyTable, mode: str) -> None:
+    torch.manual_seed(0)
+    sites = tuple(Site(block=block, op="select", keep_ratio=0.6) for block in (0, 2))
+    config = PruneConfig(model=TINY, method="spvit", sites=sites, options={"mode": mode, "bucket": 4})
+    counter = TokenCounter(compress(create_dense(TINY), config).eval())
+    costs_ms = []
+    for images in torch.randn(8, 2, 3, 32, 32):  # batches of two, as in the table
+        with CountWork() as work, torch.inference_mode():
+            counter(images)
+        costs_ms.append(work.flops / 1e5)
+    counts = counter.counts().numpy()
+    assert len(np.unique(counts, axis=0)) > 1  # the selectors do decide per image
+    plain = table.evolve(correction=Correction())
+    distribution = predict_distribution(plain, config, counts)
+    assert distribution.mean_ms == pytest.approx(np.mean(costs_ms), rel=0.02)
+    assert distribution.p50_ms == pytest.approx(np.percentile(costs_ms, 50), rel=0.03)
+    assert distribution.p95_ms == pytest.approx(np.percentile(costs_ms, 95), rel=0.03)
 
 
 def test_a_table_that_was_not_validated_is_drawn_without_errors(table: LatencyTable, tmp_path: Path) -> None:
@@ -220,11 +260,12 @@ def test_progress_rises_to_the_end_and_tells_the_time_left(uninterrupted: Uninte
     assert "measuring block.evit.prune" in " ".join(message for _, _, message in uninterrupted.reports)
 
 
-def test_models_without_a_class_token_get_a_table_of_merging() -> None:
+def test_models_without_a_class_token_get_a_table_of_what_does_not_rank_by_it() -> None:
     table = build(NO_CLASS_TOKEN, settings=FEW_REDUCTIONS)
     assert {name for name in table.entries_by_name if name.startswith("block.")} == {
-        "block.tome.merge",
+        "block.tome.merge", "block.dynamicvit.select", "block.spvit.select",
     }  # fmt: skip
+    assert "attention.masked" not in table.entries_by_name
     merging = PruneConfig(model=NO_CLASS_TOKEN, method="hybrid", sites=(Site(block=0, op="merge", remove=3),))
     assert predict_latency_ms(table, merging) > 0
 
@@ -266,3 +307,18 @@ def test_gpus_get_a_dense_grid_and_compiled_tables_a_sparse_one() -> None:
     compiled = settings_for(torch.device("cpu"), "compile")
     assert len(compiled.token_shares) < len(eager.token_shares) < len(gpu.token_shares)
     assert compiled.max_token_counts < eager.max_token_counts < gpu.max_token_counts
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evit.prune", "dynamicvit.select", "spvit.select", "trilevel.prune:connections"])
+def test_a_reducing_block_compiles_whole(name: str) -> None:
+    torch.manual_seed(0)
+    model = cast(VisionTransformer, create_dense(TINY).eval())
+    kind = REDUCTION_KINDS[name]
+    steps = kind.steps(17, 0.3, 1)
+    assert steps is not None
+    part = ReducingBlock(cast(Block, model.blocks[0]), kind, steps, Frame.of(model)).eval()
+    x = torch.randn(2, 17, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(CompiledForward(part, torch.device("cpu"))(x), part(x), atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@ import gc
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 from latency_tables import predict as predict_module
 from latency_tables.errors import LatencyTableError
 from latency_tables.parts import REDUCTION_KINDS, gives_sizes, kind_name, measured_kinds
-from latency_tables.predict import check_table_matches, predict, predict_latency_ms
+from latency_tables.predict import (
+    check_table_matches,
+    predict,
+    predict_distribution,
+    predict_latency_ms,
+    predictor_of,
+)
 from latency_tables.schema import Correction, LatencyTable
 from prunefront.config import ModelSpec, PruneConfig, Site
 from prunefront.geometry import geometry_for
@@ -121,6 +128,145 @@ def test_an_operation_that_was_not_measured_is_refused_by_name() -> None:
         predict_latency_ms(TABLE, config)
 
 
+# --- learned methods -------------------------------------------------------------------------------------------------
+
+
+def learned_table(**changes: Any) -> LatencyTable:
+    """`simple_table` and 7 ms for a selection, 9 ms for masking connections, 0.5 ms a token for their mask."""
+    points = ((17, 15), (17, 9), (9, 8), (9, 5))
+    selections = [
+        entry(f"block.{kind}", t_in, t_out, 2.0 * t_out + 3.0 * t_out + 7.0)  # The attention sees t_out tokens.
+        for kind in ("dynamicvit.select", "spvit.select")
+        for t_in, t_out in points
+    ]
+    masks = [
+        entry("block.trilevel.prune:connections", t_in, t_out, 2.5 * t_in + 3.0 * t_out + 9.0) for t_in, t_out in points
+    ]
+    masked = [entry("attention.masked", at, at, 2.5 * at) for at in (2, 17)]
+    sized = [entry("attention.sized", at, at, 2.25 * at) for at in (2, 17)]
+    return simple_table(entries=[*TABLE.entries, *selections, *masks, *masked, *sized], **changes)
+
+
+def test_a_selection_comes_before_both_halves() -> None:
+    config = config_of("dynamicvit", {"block": 1, "op": "select", "tokens": 8})
+    prediction = predict(learned_table(), config)
+    assert [block.attention_ms for block in prediction.blocks] == pytest.approx([34.0, 18.0, 18.0])
+    assert [block.reduction_ms for block in prediction.blocks] == pytest.approx([0.0, 7.0, 0.0])
+    assert [block.mlp_ms for block in prediction.blocks] == pytest.approx([51.0, 27.0, 27.0])
+
+
+def test_packages_are_tokens_of_the_blocks_that_follow() -> None:
+    sites = [{"block": 0, "op": "select", "tokens": 11}, {"block": 2, "op": "select", "tokens": 4}]
+    prediction = predict(learned_table(), config_of("spvit", *sites, mode="fixed"))
+    # Class token and 11 patches with one package, then 4 with two.
+    assert [block.mlp_ms for block in prediction.blocks] == pytest.approx([3.0 * 13, 3.0 * 13, 3.0 * 7])
+    assert [block.reduction_ms for block in prediction.blocks] == pytest.approx([7.0, 0.0, 7.0])
+    assert not prediction.is_nominal
+
+
+def test_a_package_may_exceed_the_tokens_that_were_measured() -> None:
+    site = {"block": 1, "op": "select", "tokens": 16}
+    prediction = predict(learned_table(), config_of("spvit", site, mode="fixed"))
+    assert [block.attention_ms for block in prediction.blocks] == pytest.approx([34.0, 36.0, 36.0])  # 18 tokens
+    assert [block.mlp_ms for block in prediction.blocks] == pytest.approx([51.0, 54.0, 54.0])
+
+
+def test_a_selection_from_more_tokens_than_were_measured_is_refused() -> None:
+    larger = TINY.model_copy(update={"img_size": 48})
+    config = PruneConfig(model=larger, method="dynamicvit", sites=(Site(block=0, op="select", tokens=8),))
+    with pytest.raises(LatencyTableError, match="reduction of block 0 works on 37 tokens.* measured for 2 to 17"):
+        predict_latency_ms(learned_table(), config)
+
+
+def test_masked_connections_cost_attention_in_the_blocks_that_follow() -> None:
+    site = {"block": 0, "op": "prune", "tokens": 8}
+    masked = predict(learned_table(), config_of("trilevel", site, attn_ratio=0.5))
+    assert [block.attention_ms for block in masked.blocks] == pytest.approx([34.0, 2.5 * 9, 2.5 * 9])
+    assert [block.reduction_ms for block in masked.blocks] == pytest.approx([9.0, 0.0, 0.0])
+    # Without the attention level it is EViT's pruning.
+    assert predict(learned_table(), config_of("trilevel", site)) == predict(TABLE, config_of("evit", site))
+
+
+def test_a_table_from_before_learned_methods_names_what_it_lacks() -> None:
+    select = {"block": 0, "op": "select", "tokens": 8}
+    for method in ("dynamicvit", "spvit"):
+        with pytest.raises(LatencyTableError, match=f"no entry 'block.{method}.select'.* Rebuild the table"):
+            predict_latency_ms(TABLE, config_of(method, select))
+    with pytest.raises(LatencyTableError, match=r"no entry 'block.trilevel.prune:connections'.* Rebuild the table"):
+        predict_latency_ms(TABLE, config_of("trilevel", {"block": 0, "op": "prune", "tokens": 8}, attn_ratio=0.5))
+
+
+def test_methods_are_covered_when_all_their_reductions_are() -> None:
+    geometry = geometry_for(TINY)
+    assert predictor_of(TABLE).covered_methods(geometry) == ["evit", "tome"]
+    assert predictor_of(learned_table()).covered_methods(geometry) == [
+        "evit", "tome", "dynamicvit", "spvit", "trilevel",
+    ]  # fmt: skip
+    # Without a class token hybrid only merges.
+    assert predictor_of(TABLE).covered_methods(geometry_for(NO_CLASS_TOKEN)) == [
+        "evit", "tome", "ppt", "diffrate", "hybrid", "trilevel",
+    ]  # fmt: skip
+
+
+# --- counts of each image --------------------------------------------------------------------------------------------
+
+ADAPTIVE = config_of(
+    "spvit", {"block": 0, "op": "select", "keep_ratio": 0.7}, {"block": 1, "op": "select", "keep_ratio": 0.5}
+)
+
+
+def test_a_schedule_of_adaptive_counts_is_nominal() -> None:
+    assert predict(learned_table(), ADAPTIVE).is_nominal
+    fixed = ADAPTIVE.evolve(options={"mode": "fixed"})
+    assert predict_latency_ms(learned_table(), ADAPTIVE) == predict_latency_ms(learned_table(), fixed)
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "bucketed"])
+def test_images_that_run_alone_cost_their_own_counts(mode: str) -> None:
+    table = learned_table(batch_size=1)
+    counts = np.array([[12, 7], [12, 3], [4, 0], [12, 7], [16, 16]])
+    distribution = predict_distribution(table, ADAPTIVE.evolve(options={"mode": mode}), counts)
+    # Class token and packages: 1 + kept + 1, then 1 + kept + 2 in the last two blocks. 14 ms for two selections, 6 ms
+    # for stem and head, 5 ms for each token of a block.
+    ms = [20.0 + 5.0 * (first + 2 + 2 * (second + 3)) for first, second in counts.tolist()]
+    assert distribution.num_batches == 5
+    assert distribution.mean_ms == pytest.approx(sum(ms) / 5)
+    assert distribution.p50_ms == pytest.approx(sorted(ms)[2])
+    assert distribution.p95_ms == pytest.approx(sorted(ms)[3] + 0.8 * (sorted(ms)[4] - sorted(ms)[3]))
+
+
+def test_a_batch_is_padded_to_its_largest_counts() -> None:
+    table = learned_table(batch_size=2)
+    # The largest of both sites are of different images; the last image fills no batch.
+    distribution = predict_distribution(table, ADAPTIVE, np.array([[12, 3], [10, 7], [0, 0]]))
+    kept_12_7 = 20.0 + 5.0 * (14 + 2 * 10)
+    padding = 0.25 * (14 + 2 * 10)  # a mask like that of token sizes
+    assert distribution.num_batches == 1
+    assert distribution.p50_ms == pytest.approx(kept_12_7 + padding)
+    alike = predict_distribution(table, ADAPTIVE, np.array([[12, 7], [12, 7]]))
+    assert alike.mean_ms == alike.p50_ms == alike.p95_ms == pytest.approx(kept_12_7)
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ([[12, 7, 3]] * 8, r"shape \(images, 2 sites\), but got \(8, 3\)"),
+        ([[12, 7]] * 7, "batches of 8 images, but counts of 7"),
+        ([[7, 12]] * 8, "none above the site before"),
+        ([[17, 2]] * 8, "0 to 16"),
+        ([[3, -1]] * 8, "0 to 16"),
+    ],
+)
+def test_counts_that_are_not_of_the_schedule_are_refused(counts: list[list[int]], sentence: str) -> None:
+    with pytest.raises(LatencyTableError, match=sentence):
+        predict_distribution(learned_table(), ADAPTIVE, np.array(counts))
+
+
+def test_a_schedule_that_all_images_keep_has_no_distribution() -> None:
+    with pytest.raises(LatencyTableError, match="its latency is a point"):
+        predict_distribution(learned_table(), ADAPTIVE.evolve(options={"mode": "fixed"}), np.array([[12, 7]] * 8))
+
+
 @pytest.mark.parametrize("tokens", [1, 18])
 def test_token_counts_outside_the_measured_range_are_refused(tokens: int) -> None:
     with pytest.raises(LatencyTableError, match=f"block 1 works on {tokens} tokens.* measured for 2 to 17. Rebuild"):
@@ -177,6 +323,11 @@ def step(op: str, kept: int, removed: int) -> Step:
         ("hybrid", {"score": "cls"}, ["fuse", "merge"], "hybrid.fuse+merge"),
         ("hybrid", {"score": "cls_value"}, ["fuse", "merge"], "hybrid.fuse+merge:cls_value"),
         ("hybrid", {"score": "cls_value"}, ["merge"], "hybrid.merge"),
+        ("dynamicvit", {}, ["select"], "dynamicvit.select"),
+        ("spvit", {"mode": "fixed"}, ["select"], "spvit.select"),
+        ("spvit", {"mode": "bucketed"}, ["select"], "spvit.select"),
+        ("trilevel", {"attn_ratio": 1.0}, ["prune"], "trilevel.prune"),
+        ("trilevel", {"attn_ratio": 0.9, "tie": "official"}, ["prune"], "trilevel.prune:connections"),
     ],
 )
 def test_reductions_are_named_by_what_they_cost(
@@ -218,9 +369,9 @@ def test_a_kind_has_no_steps_where_nothing_is_left_to_remove() -> None:
     assert REDUCTION_KINDS["evit.fuse"].steps(3, 0.5, 1) is None  # one kept, one fused: nothing is gained
 
 
-def test_without_a_class_token_only_merging_is_measured() -> None:
+def test_without_a_class_token_only_what_does_not_rank_by_it_is_measured() -> None:
     names = {kind.name for kind in measured_kinds(geometry_for(NO_CLASS_TOKEN))}
-    assert names == {"tome.merge"}
+    assert names == {"tome.merge", "dynamicvit.select", "spvit.select"}
 
 
 # --- does the table fit? ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from latency_tables.schedules import random_configs
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import geometry_for
 from prunefront.macs import macs
+from prunefront.schedule import token_counts
 from tests.unit.latency_tables.fakes import NO_CLASS_TOKEN
 
 DEIT = ModelSpec(name="deit_tiny_patch16_224")
@@ -36,10 +37,20 @@ def test_the_cost_may_be_a_latency() -> None:
     assert costs == pytest.approx([0.335 + 0.07 * at for at in range(10)], abs=0.05)
 
 
-def test_without_a_class_token_only_merging_is_drawn() -> None:
+def test_without_a_class_token_nothing_that_ranks_by_it_is_drawn() -> None:
     configs = random_configs(NO_CLASS_TOKEN, geometry_for(NO_CLASS_TOKEN), 10, 0)
-    assert {config.method for config in configs} <= {"tome", "hybrid"}
-    assert {site.op for config in configs for site in config.sites} == {"merge"}
+    assert {config.method for config in configs} == {"tome", "hybrid", "dynamicvit", "spvit"}
+    assert {site.op for config in configs for site in config.sites} == {"merge", "select"}
+
+
+def test_all_images_keep_the_counts_of_what_is_drawn() -> None:
+    configs = random_configs(DEIT, GEOMETRY, 12, 0, methods=["spvit", "dynamicvit"])
+    assert all(token_counts(config).is_static for config in configs)
+
+
+def test_tri_level_is_drawn_with_and_without_its_attention_level() -> None:
+    configs = random_configs(DEIT, GEOMETRY, 12, 0, methods=["trilevel"])
+    assert {config.options["attn_ratio"] < 1.0 for config in configs} == {True, False}
 
 
 def test_methods_that_cannot_run_are_refused() -> None:
