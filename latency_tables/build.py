@@ -66,7 +66,15 @@ from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import ModelGeometry, block_key, geometry_of, require_equal_blocks
-from prunefront.runtimes import DTYPES, RUNTIMES, Forward, cast_modules, prepare, use_shared_compile_cache
+from prunefront.runtimes import (
+    DTYPES,
+    RUNTIMES,
+    SLOW_TO_PREPARE,
+    Forward,
+    cast_modules,
+    prepare,
+    use_shared_compile_cache,
+)
 from prunefront.schedule import plan_schedule
 
 logger = logging.getLogger(__name__)
@@ -97,10 +105,10 @@ class BuildSettings:
 def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     """Dense where the device has steps (GPUs: tiles of 16 tokens), sparse and adaptive elsewhere.
 
-    Every entry of ``compile`` costs a compilation of seconds, so there few points are taken: latency is smooth in
-    tokens, and the correction on compiled whole models takes out what is common to all entries.
+    Every entry of ``compile`` and ``onnxruntime`` costs seconds of preparation, so there few points are taken: latency
+    is smooth in tokens, and the correction on whole models takes out what is common to all entries.
     """
-    if runtime == "compile":
+    if runtime in SLOW_TO_PREPARE:
         return BuildSettings(
             token_shares=(0.0, 0.25, 0.5, 1.0),
             sized_shares=(0.5, 1.0),
@@ -441,8 +449,8 @@ class _Build:
 
     @property
     def _timed_blocks(self) -> Sequence[Block]:
-        """Blocks whose parts take turns; one where each would have to be compiled."""
-        return self.blocks[:1] if self.runtime == "compile" else self.blocks
+        """Blocks whose parts take turns; one where each takes seconds to prepare."""
+        return self.blocks[:1] if self.runtime in SLOW_TO_PREPARE else self.blocks
 
     def _part(self, module: nn.Module) -> Forward:
         module.eval()
@@ -465,7 +473,9 @@ class _Build:
             self._stop_if_asked()
             at = start + 0.3 * (end - start) * number / len(todo)
             self._report(stage, at, f"warming up {key}")
-            memory[key] = peak_memory_mib(partial(self.stopwatch.sample, one.subject), self.device, one.module)
+            memory[key] = peak_memory_mib(
+                partial(self.stopwatch.sample, one.subject), self.device, one.module, self.runtime
+            )
             rounds[key] = rounds_for(warm_up(one.subject, self.stopwatch, settings), settings)
         canary_ms, measured = self._measure(
             {key: one.subject for key, one in todo.items()}, rounds, memory, settings, stage,

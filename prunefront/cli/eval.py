@@ -14,7 +14,6 @@ from prunefront.cli.options import (
     Checkpoint,
     CropPct,
     Device,
-    Dtype,
     DtypeOption,
     ImgSize,
     ModelKwargs,
@@ -25,6 +24,7 @@ from prunefront.cli.options import (
     parse_pairs,
 )
 from prunefront.cli.output import note, print_fields, print_json, progress_bar
+from prunefront.config import Dtype
 from prunefront.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
