@@ -101,6 +101,27 @@ class BuildSettings:
     reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=20, target_s=0.15)
     models: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=40, target_s=1.0)
 
+    def token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """First token counts of the halves of a block, ascending; prefix tokens counted."""
+        return _counts(self.token_shares, geometry, least_patches=1)
+
+    def sized_token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """Token counts of attention where tokens have sizes."""
+        return _counts(self.sized_shares, geometry, least_patches=1)
+
+    def head_token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """Token counts of the head: a quarter of the tokens, and all."""
+        return _counts((0.25, 1.0), geometry, least_patches=1)
+
+    def reduction_token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """Tokens entering a timed reduction."""
+        return _counts(self.reduction_tokens, geometry, least_patches=2)
+
+
+def _counts(shares: Sequence[float], geometry: ModelGeometry, *, least_patches: int) -> list[int]:
+    least = geometry.num_prefix_tokens + least_patches
+    return sorted({max(least, round(share * geometry.num_tokens)) for share in shares})
+
 
 def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     """Dense where the device has steps (GPUs: tiles of 16 tokens), sparse and adaptive elsewhere.
@@ -268,14 +289,9 @@ class _Build:
 
     def _measure_blocks(self) -> None:
         settings = self.settings
-        least = self.geometry.num_prefix_tokens + 1
-        most = self.geometry.num_tokens
-        counts, sized_counts = (
-            sorted({max(least, round(share * most)) for share in shares})
-            for shares in (settings.token_shares, settings.sized_shares)
-        )
-        ends = [self._stem(), self._head(most), self._head(max(least, most // 4))]
-        sized = [self._chain(count, sized=True) for count in sized_counts]
+        counts = settings.token_counts(self.geometry)
+        ends = [self._stem(), *(self._head(count) for count in settings.head_token_counts(self.geometry))]
+        sized = [self._chain(count, sized=True) for count in settings.sized_token_counts(self.geometry)]
         self._group("blocks", [*(self._chain(count) for count in counts), *ends, *sized], settings.blocks, 0.0, 0.6)
         # Refine between two counts until the middle lies on the line between them.
         open_gaps = list(itertools.pairwise(counts))
@@ -298,16 +314,15 @@ class _Build:
     def _measure_reductions(self) -> None:
         settings = self.settings
         kinds = measured_kinds(self.geometry)
-        prefix = self.geometry.num_prefix_tokens
-        for number, row in enumerate(settings.reduction_tokens):
-            tokens = max(prefix + 2, round(row * self.geometry.num_tokens))
+        rows = settings.reduction_token_counts(self.geometry)
+        for number, tokens in enumerate(rows):
             planned: dict[tuple[str, int, int], _Planned] = {}
             for kind, removed in itertools.product(kinds, settings.reduction_removed):
                 one = self._reduction(kind, tokens, removed)
                 if one is not None:
                     planned[next(iter(one.entries.values()))] = one
-            rows = len(settings.reduction_tokens)
-            self._group("reductions", list(planned.values()), settings.reductions, number / rows, (number + 1) / rows)
+            start, end = number / len(rows), (number + 1) / len(rows)
+            self._group("reductions", list(planned.values()), settings.reductions, start, end)
 
     def _measure_whole_models(self, table: LatencyTable) -> None:
         finished = {config.content_hash() for group in self.partial.groups for config, _, _ in group.whole_models}
