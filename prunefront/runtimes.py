@@ -230,8 +230,8 @@ def onnx_session(path: str | os.PathLike[str], device: torch.device, stream: Any
     # One operator after the other, each on all threads: a ViT is a chain, nothing in it could run side by side.
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads spin for the next operator, which is microseconds away (5 % faster than waking them for it, on DeiT-S), but
-    # not after the call: they would take the CPU from what runs next, such as a model measured in turns with this one.
+    # Threads spin for the next operator, which is microseconds away (waking them for it costs DeiT-S 5 %), but not
+    # after the call: they would take the CPU from what runs next, such as a model measured in turns with this one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Without an arena, activations go back after each call, as torch's do; the heap hands them out again as fast.
     options.enable_cpu_mem_arena = False
