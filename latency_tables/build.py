@@ -48,9 +48,7 @@ from latency_tables.partial import FinishedGroup, PartialFile, rescaled
 from latency_tables.parts import (
     ATTENTION,
     HEAD,
-    MASKED_ATTENTION,
     MLP,
-    SIZED_ATTENTION,
     STEM,
     AttentionHalf,
     Frame,
@@ -59,6 +57,7 @@ from latency_tables.parts import (
     ReducingBlock,
     ReductionKind,
     Stem,
+    biased_attentions,
     measured_kinds,
 )
 from latency_tables.predict import Predictor
@@ -67,7 +66,15 @@ from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import ModelGeometry, block_key, geometry_of, require_equal_blocks
-from prunefront.runtimes import DTYPES, RUNTIMES, Forward, cast_modules, prepare, use_shared_compile_cache
+from prunefront.runtimes import (
+    DTYPES,
+    RUNTIMES,
+    SLOW_TO_PREPARE,
+    Forward,
+    cast_modules,
+    prepare,
+    use_shared_compile_cache,
+)
 from prunefront.schedule import plan_schedule
 
 logger = logging.getLogger(__name__)
@@ -94,14 +101,35 @@ class BuildSettings:
     reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=20, target_s=0.15)
     models: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=40, target_s=1.0)
 
+    def token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """First token counts of the halves of a block, ascending; prefix tokens counted."""
+        return _counts(self.token_shares, geometry, least_patches=1)
+
+    def sized_token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """Token counts of attention where tokens have sizes."""
+        return _counts(self.sized_shares, geometry, least_patches=1)
+
+    def head_token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """Token counts of the head: a quarter of the tokens, and all."""
+        return _counts((0.25, 1.0), geometry, least_patches=1)
+
+    def reduction_token_counts(self, geometry: ModelGeometry) -> list[int]:
+        """Tokens entering a timed reduction."""
+        return _counts(self.reduction_tokens, geometry, least_patches=2)
+
+
+def _counts(shares: Sequence[float], geometry: ModelGeometry, *, least_patches: int) -> list[int]:
+    least = geometry.num_prefix_tokens + least_patches
+    return sorted({max(least, round(share * geometry.num_tokens)) for share in shares})
+
 
 def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     """Dense where the device has steps (GPUs: tiles of 16 tokens), sparse and adaptive elsewhere.
 
-    Every entry of ``compile`` costs a compilation of seconds, so there few points are taken: latency is smooth in
-    tokens, and the correction on compiled whole models takes out what is common to all entries.
+    Every entry of ``compile`` and ``onnxruntime`` costs seconds of preparation, so there few points are taken: latency
+    is smooth in tokens, and the correction on whole models takes out what is common to all entries.
     """
-    if runtime == "compile":
+    if runtime in SLOW_TO_PREPARE:
         return BuildSettings(
             token_shares=(0.0, 0.25, 0.5, 1.0),
             sized_shares=(0.5, 1.0),
@@ -261,19 +289,15 @@ class _Build:
 
     def _measure_blocks(self) -> None:
         settings = self.settings
-        least = self.geometry.num_prefix_tokens + 1
-        most = self.geometry.num_tokens
-        counts, sized_counts = (
-            sorted({max(least, round(share * most)) for share in shares})
-            for shares in (settings.token_shares, settings.sized_shares)
-        )
-        ends = [self._stem(), self._head(most), self._head(max(least, most // 4))]
-        biased = [SIZED_ATTENTION]
-        if any(kind.masks_attention for kind in measured_kinds(self.geometry)):
-            biased.append(MASKED_ATTENTION)
+        counts = settings.token_counts(self.geometry)
+        ends = [self._stem(), *(self._head(count) for count in settings.head_token_counts(self.geometry))]
         chains = [
             *(self._chain(count) for count in counts),
-            *(self._chain(count, attention) for attention in biased for count in sized_counts),
+            *(
+                self._chain(count, attention)
+                for attention in biased_attentions(self.geometry)
+                for count in settings.sized_token_counts(self.geometry)
+            ),
         ]
         self._group("blocks", [*chains, *ends], settings.blocks, 0.0, 0.6)
         # Refine between two counts until the middle lies on the line between them.
@@ -297,16 +321,15 @@ class _Build:
     def _measure_reductions(self) -> None:
         settings = self.settings
         kinds = measured_kinds(self.geometry)
-        prefix = self.geometry.num_prefix_tokens
-        for number, row in enumerate(settings.reduction_tokens):
-            tokens = max(prefix + 2, round(row * self.geometry.num_tokens))
+        rows = settings.reduction_token_counts(self.geometry)
+        for number, tokens in enumerate(rows):
             planned: dict[tuple[str, int, int], _Planned] = {}
             for kind, removed in itertools.product(kinds, settings.reduction_removed):
                 one = self._reduction(kind, tokens, removed)
                 if one is not None:
                     planned[next(iter(one.entries.values()))] = one
-            rows = len(settings.reduction_tokens)
-            self._group("reductions", list(planned.values()), settings.reductions, number / rows, (number + 1) / rows)
+            start, end = number / len(rows), (number + 1) / len(rows)
+            self._group("reductions", list(planned.values()), settings.reductions, start, end)
 
     def _measure_whole_models(self, table: LatencyTable) -> None:
         finished = {config.content_hash() for group in self.partial.groups for config, _, _ in group.whole_models}
@@ -448,8 +471,8 @@ class _Build:
 
     @property
     def _timed_blocks(self) -> Sequence[Block]:
-        """Blocks whose parts take turns; one where each would have to be compiled."""
-        return self.blocks[:1] if self.runtime == "compile" else self.blocks
+        """Blocks whose parts take turns; one where each takes seconds to prepare."""
+        return self.blocks[:1] if self.runtime in SLOW_TO_PREPARE else self.blocks
 
     def _part(self, module: nn.Module) -> Forward:
         module.eval()
@@ -472,7 +495,9 @@ class _Build:
             self._stop_if_asked()
             at = start + 0.3 * (end - start) * number / len(todo)
             self._report(stage, at, f"warming up {key}")
-            memory[key] = peak_memory_mib(partial(self.stopwatch.sample, one.subject), self.device, one.module)
+            memory[key] = peak_memory_mib(
+                partial(self.stopwatch.sample, one.subject), self.device, one.module, self.runtime
+            )
             rounds[key] = rounds_for(warm_up(one.subject, self.stopwatch, settings), settings)
         canary_ms, measured = self._measure(
             {key: one.subject for key, one in todo.items()}, rounds, memory, settings, stage,

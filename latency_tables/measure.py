@@ -444,7 +444,7 @@ def measure_models(
             forward = prepare(ready[key], runtime, dtype, target) if key in ready else cast(Forward, model)
             subjects[key] = whole_model(forward, inputs)
             sample_ms = warm_up(subjects[key], watch, settings)
-            memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key))
+            memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key), runtime)
             rounds[key] = rounds_for(sample_ms, settings)
 
         def second_half(done: float, total: float, message: str) -> None:
@@ -497,13 +497,18 @@ def _attempt_progress(progress: Progress | None, attempts: int, attempt: int) ->
 # --- memory and the machine --------------------------------------------------------------------------------------
 
 
-def peak_memory_mib(run: Callable[[], object], device: torch.device, model: nn.Module | None = None) -> float | None:
+def peak_memory_mib(
+    run: Callable[[], object], device: torch.device, model: nn.Module | None = None, runtime: str = "eager"
+) -> float | None:
     """Weights of ``model`` plus the most memory that one ``run`` needs on top of what was in use, in MiB.
 
-    On the CPU this is resident memory as Linux counts it (the peak is reset before the run), elsewhere None.
+    On the CPU this is resident memory as Linux counts it (the peak is reset before the run), elsewhere None; None too
+    for ONNX Runtime on a GPU, whose own allocator torch does not see.
     """
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / MIB if model is not None else 0.0
     if device.type == "cuda":
+        if runtime == "onnxruntime":
+            return None
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -244,6 +244,12 @@ def measured_kinds(geometry: ModelGeometry) -> list[ReductionKind]:
     return [kind for kind in REDUCTION_KINDS.values() if kind.like is None and kind.runs_on(geometry)]
 
 
+def biased_attentions(geometry: ModelGeometry) -> tuple[str, ...]:
+    """Entries of attention under the biases that reductions of such a model leave behind."""
+    masked = any(kind.masks_attention for kind in measured_kinds(geometry))
+    return (SIZED_ATTENTION, MASKED_ATTENTION) if masked else (SIZED_ATTENTION,)
+
+
 def kind_name(method: str, options: Mapping[str, Any], steps: Sequence[Step]) -> str:
     """Kind of one block's reductions in a schedule."""
     if method == "ppt":

@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from latency_tables.device import DeviceInfo, describe_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
-from prunefront.config import ModelSpec, PruneConfig, StrictModel, describe_validation_error
+from prunefront.config import Dtype, ModelSpec, PruneConfig, StrictModel, describe_validation_error
+from prunefront.config import Runtime as MeasuredRuntime
 from prunefront.files import write_json_atomic
 
 __all__ = [
@@ -28,8 +29,8 @@ __all__ = [
 
 TABLE_FORMAT: Final = "prunefront/latency-table/1"
 
-Runtime = Literal["eager", "compile", "cudagraph", "onnxruntime", "tensorrt"]
-Dtype = Literal["fp32", "bf16", "fp16"]
+# What a table may be of: what can be measured here, and what can be imported.
+Runtime = Literal[MeasuredRuntime, "tensorrt"]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=0)]
 

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 CONFIG_FORMAT: Literal["prunefront/config/1"] = "prunefront/config/1"
 
+# Runtimes that a forward pass can be measured with here (`prunefront.runtimes.RUNTIMES`), and its number formats.
+Runtime = Literal["eager", "compile", "cudagraph", "onnxruntime"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 

@@ -6,6 +6,7 @@ PrunefrontError
 ├── UnknownNameError      a model, method, dataset, device, ... that nobody registered
 ├── CheckpointError       weights that do not fit, or a file that is not a checkpoint
 ├── InputError            images of the wrong shape
+├── ExportError           a model that could not be exported, or whose file computes something else
 ├── DatasetError          a dataset that is missing, empty or does not fit the model
 │   └── CorruptImageError     an image file that can be read but not decoded
 ├── MissingExtraError     a feature whose optional packages are not installed
@@ -56,6 +57,10 @@ class CheckpointError(PrunefrontError, ValueError):
 
 class InputError(PrunefrontError, ValueError):
     """Images of a shape the model cannot take."""
+
+
+class ExportError(PrunefrontError, RuntimeError):
+    """A model that could not be exported, or whose exported file does not compute the same."""
 
 
 class DatasetError(PrunefrontError, ValueError):

@@ -10,20 +10,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunefront.errors import ConfigError, UnknownNameError
+from prunefront.errors import ConfigError, ExportError, MissingExtraError, UnknownNameError
 
 Forward = Callable[[Tensor], Any]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Runtimes that take seconds to prepare each forward, so that few are best measured.
+SLOW_TO_PREPARE = ("compile", "onnxruntime")
 
 
 def prepare(model: nn.Module | Forward, runtime: str, dtype: str, device: torch.device) -> Forward:
@@ -177,6 +181,117 @@ class GraphedForward:
             self._output = self._forward(self._images)
 
 
+class OnnxForward:
+    """A module exported to ONNX for the shape of its first call, and run by ONNX Runtime on the same device."""
+
+    def __init__(self, forward: nn.Module | Forward, device: torch.device) -> None:
+        if not isinstance(forward, nn.Module):
+            raise ConfigError(f"Runtime 'onnxruntime' exports a torch module, but got {forward!r}. Pass the module.")
+        if any(tensor.dtype == torch.bfloat16 for tensor in (*forward.parameters(), *forward.buffers())):
+            raise ConfigError("ONNX Runtime cannot run bf16 models. Choose fp32 or fp16, or the runtime compile.")
+        import_onnxruntime()
+        self._module = forward
+        self._device = device
+        self._session: Any = None
+        self._binding: Any = None
+        self._stream: Any = None
+        self._input = self._output = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Any:
+        """Outputs for ``x``; the tensor is overwritten by the next call."""
+        if self._session is None:
+            self._prepare(x)
+        elif x.shape != self._input.shape or x.dtype != self._input.dtype:
+            raise ConfigError(
+                f"This ONNX session was made for images {tuple(self._input.shape)} in {self._input.dtype}, but got "
+                f"{tuple(x.shape)} in {x.dtype}; prepare another one."
+            )
+        self._input = x.contiguous()  # held until the next call, as a GPU may read it later
+        self._bind(self._binding.bind_input, "images", self._input)
+        if self._stream is None:
+            self._session.run_with_iobinding(self._binding)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._session.run_with_iobinding(self._binding)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return self._output
+
+    def _prepare(self, x: Tensor) -> None:
+        from prunefront.export import frozen_copy, write_onnx
+
+        dtype = next(name for name, value in DTYPES.items() if value == x.dtype)
+        # Tensors made in inference mode cannot be traced.
+        with torch.inference_mode(False), tempfile.TemporaryDirectory(prefix="prunefront-") as folder:
+            path = Path(folder) / "model.onnx"
+            write_onnx(frozen_copy(self._module, dtype), x.detach().cpu().clone(), path)
+            if self._device.type == "cuda":
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._session = onnx_session(path, self._device, self._stream)
+        self._input = x
+        self._output = torch.empty_like(self._module(x))
+        self._binding = self._session.io_binding()
+        self._bind(self._binding.bind_output, "logits", self._output)
+
+    def _bind(self, bind: Callable[..., None], name: str, tensor: Tensor) -> None:
+        element = {torch.float32: np.float32, torch.float16: np.float16}[tensor.dtype]
+        bind(name, self._device.type, self._device.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
+
+
+def import_onnxruntime() -> Any:
+    """Return the package onnxruntime.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError(
+            "The runtime 'onnxruntime' needs a package that is not installed: pip install 'prunefront[export]'."
+        ) from error
+    return onnxruntime
+
+
+def onnx_session(path: str | os.PathLike[str], device: torch.device, stream: Any = None) -> Any:
+    """An ``InferenceSession`` of a file, with as many threads as torch uses, tuned for the latency of one call.
+
+    Args:
+        path: ONNX file.
+        device: CPU, or a CUDA device.
+        stream: CUDA stream to run on.
+
+    Raises:
+        MissingExtraError: If onnxruntime is not installed, or is a build without CUDA for a CUDA device.
+        ExportError: If ONNX Runtime cannot load the file.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; its warnings are about placement that nobody chose
+    # One operator after the other, each on all threads: a ViT is a chain, nothing in it could run side by side.
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads spin for the next operator, which is microseconds away (waking them for it costs DeiT-S 5 %), but not
+    # after the call: they would take the CPU from what runs next, such as a model measured in turns with this one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without an arena, activations go back after each call, as torch's do; the heap hands them out again as fast.
+    options.enable_cpu_mem_arena = False
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise MissingExtraError(
+                "The installed onnxruntime was built without CUDA: pip uninstall onnxruntime, then pip install "
+                "onnxruntime-gpu."
+            )
+        cuda = {"device_id": str(device.index or 0)}
+        if stream is not None:
+            cuda["user_compute_stream"] = str(stream.cuda_stream)
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+    except Exception as error:  # its errors share no class below Exception
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {' '.join(str(error).split())}") from error
+
+
 def use_shared_compile_cache() -> Path:
     """Point torch's compile cache at one folder per user, so that workers and later runs do not compile again.
 
@@ -191,4 +306,5 @@ RUNTIMES: dict[str, Callable[[nn.Module | Forward, torch.device], Forward]] = {
     "eager": EagerForward,
     "compile": CompiledForward,
     "cudagraph": GraphedForward,
+    "onnxruntime": OnnxForward,
 }

@@ -6,10 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
-from prunefront.config import PIXELS, ModelSpec, PruneConfig, StrictModel, expecting
+from prunefront.config import PIXELS, Dtype, ModelSpec, PruneConfig, Runtime, StrictModel, expecting
 
-Runtime = Literal["eager", "compile"]
-Dtype = Literal["fp32", "bf16", "fp16"]
 Fidelity = Literal["screened", "evaluated", "finetuned"]
 Origin = Literal["dense", "published", "resolution", "sibling", "sampler"]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]

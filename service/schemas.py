@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from latency_tables.schema import LatencyTable
 from latency_tables.schema import Runtime as TableRuntime
 from prunefront import PruneConfig
-from prunefront.config import StrictModel
+from prunefront.config import Dtype, StrictModel
 from prunefront.schedule import plan_schedule
-from search.documents import Dtype, Identifier, Name
+from search.documents import Identifier, Name
 from store import CandidateRecord, DeviceRecord, JobRecord, TableRecord
 
 JobKind = Literal["search", "table", "measure"]

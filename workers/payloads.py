@@ -12,11 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from prunefront.config import ModelSpec, PruneConfig, StrictModel, describe_validation_error
+from prunefront.config import Dtype, ModelSpec, PruneConfig, Runtime, StrictModel, describe_validation_error
 from prunefront.errors import PrunefrontError
 
-Runtime = Literal["eager", "compile"]
-Dtype = Literal["fp32", "bf16", "fp16"]
 SplitName = Literal["train", "search", "test"]
 Count = Annotated[int, Field(ge=1)]
 

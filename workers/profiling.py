@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from latency_tables.build import build_table, quick_settings
 from latency_tables.measure import Measurement, measure_models
 from latency_tables.validate import validate_table
-from prunefront.runtimes import DTYPES, Forward, prepare
+from prunefront.runtimes import DTYPES, SLOW_TO_PREPARE, Forward, prepare
 from prunefront.training.data import DataConfig, SplitName, data_config_of
 from workers.candidate_models import CandidateModels
 from workers.devices import prepare_device
@@ -46,8 +46,8 @@ def run_table(payload: JsonDict, context: TaskContext) -> JsonDict:
         runtime=task.runtime,
         dtype=task.dtype,
         batch_size=task.batch_size,
-        # Compiled tables take few points anyway, since each costs a compilation.
-        settings=quick_settings() if task.detail == "quick" and task.runtime != "compile" else None,
+        # Where each point takes seconds to prepare, tables take few anyway.
+        settings=quick_settings() if task.detail == "quick" and task.runtime not in SLOW_TO_PREPARE else None,
         partial_path=task.partial_path,
         progress=_part(context, 0.0, share),
         should_stop=context.should_stop,

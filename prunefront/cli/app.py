@@ -18,6 +18,7 @@ from prunefront.cli import (
     devices,
     doctor,
     eval,
+    export,
     front,
     jobs,
     measure,
@@ -81,6 +82,7 @@ app.add_typer(table.app, name="table", rich_help_panel=_LATENCY)
 app.command("measure", rich_help_panel=_LATENCY)(measure.measure)
 app.command("eval", rich_help_panel=_LATENCY)(eval.evaluate)
 app.command("train", rich_help_panel=_FIND, context_settings=train.CONTEXT_SETTINGS)(train.train)
+app.command("export", rich_help_panel=_FIND)(export.export)
 app.command("visualize", rich_help_panel=_LATENCY)(visualize.visualize)
 app.command("methods", rich_help_panel=_KNOWN)(methods.methods)
 app.add_typer(models.app, name="models", rich_help_panel=_KNOWN)

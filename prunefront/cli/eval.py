@@ -14,13 +14,11 @@ from prunefront.cli.options import (
     Checkpoint,
     CropPct,
     Device,
-    Dtype,
     DtypeOption,
     ImgSize,
     ModelKwargs,
     NumClasses,
     NumImages,
-    Runtime,
     Sha256,
     model_spec,
     parse_img_size,
@@ -28,6 +26,7 @@ from prunefront.cli.options import (
     weights_file,
 )
 from prunefront.cli.output import note, print_fields, print_json, progress_bar
+from prunefront.config import Dtype, Runtime
 from prunefront.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:

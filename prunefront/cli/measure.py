@@ -15,7 +15,6 @@ from prunefront.cli.options import (
     Checkpoint,
     CropPct,
     Device,
-    Dtype,
     DtypeOption,
     ImgSize,
     ModelKwargs,
@@ -27,6 +26,7 @@ from prunefront.cli.options import (
     weights_file,
 )
 from prunefront.cli.output import ProgressCallback, note, print_json, print_table, progress_bar, write_result
+from prunefront.config import Dtype
 from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:

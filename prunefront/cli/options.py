@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunefront.cli.output import progress_bar
+from prunefront.config import Dtype, Runtime
 from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:
     from prunefront.config import ModelSpec
     from prunefront.training.distributed import World
-
-Runtime = Literal["eager", "compile"]
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help='Device: "cpu", "cuda" or "cuda:1".')]

@@ -24,6 +24,7 @@ from prunefront.cli.options import (
     weights_file,
 )
 from prunefront.cli.output import note, print_fields, print_json, print_table, progress_bar
+from prunefront.config import Runtime
 from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -256,9 +257,7 @@ def import_table(
     csv: Annotated[Path, typer.Argument(help="CSV: entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples.")],
     model: Annotated[str, typer.Option(help="timm model whose blocks were timed.")],
     device_name: Annotated[str, typer.Option(help="The device, as you call it.")],
-    runtime: Annotated[
-        Literal["eager", "compile", "cudagraph", "onnxruntime", "tensorrt"], typer.Option(help="How it was executed.")
-    ],
+    runtime: Annotated[Literal[Runtime, "tensorrt"], typer.Option(help="How it was executed.")],
     dtype: DtypeOption = "fp32",
     img_size: ImgSize = None,
     num_classes: NumClasses = None,

@@ -73,7 +73,7 @@ class Hybrid(Method):
         if step.op == "fuse":
             rest = kept.x.shape[1]
             if tokens.size is None:
-                fused_size = torch.full((len(kept.x), 1), float(step.removed), device=kept.x.device)
+                fused_size = torch.full((kept.x.shape[0], 1), float(step.removed), device=kept.x.device)
             else:
                 fused_size = (tokens.size.sum(dim=1) - kept.sizes().sum(dim=1)).unsqueeze(1)
             kept = kept.append(fuse_dropped(tokens.x[:, prefix:], scores, index), fused_size)

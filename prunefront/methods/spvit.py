@@ -165,7 +165,7 @@ class SPViT(SelectingMethod):
             dropped &= there
         package = self._package(x[:, :patches], soft[:, :patches, KEEP] * dropped, call.options)
 
-        last = torch.arange(patches, patches + packages, device=x.device).expand(len(order), -1)
+        last = torch.arange(patches, patches + packages, device=x.device).expand(order.shape[0], -1)
         left = tokens.take(torch.cat((order, last), dim=1)).append(package.unsqueeze(1))
         present = None
         if valid is not None and not bool(valid.all()):
@@ -174,7 +174,7 @@ class SPViT(SelectingMethod):
         if call.recorder is not None:
             end = left.x.shape[1] - 1
             slots = torch.where(taken, prefix + torch.arange(most, device=x.device), end)
-            assignment = torch.full((len(order), tokens.x.shape[1]), end, device=x.device).scatter(
+            assignment = torch.full((order.shape[0], tokens.x.shape[1]), end, device=x.device).scatter(
                 1, prefix + order, slots
             )
             assignment[:, :prefix] = torch.arange(prefix, device=x.device)

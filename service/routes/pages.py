@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
+from prunefront.config import Runtime
 from service.deps import JobDep, StoreDep
 from service.routes.tables import TableId
 from service.web import TEMPLATES
@@ -19,7 +22,7 @@ def show_jobs(request: Request) -> Response:
 
 @router.get("/jobs/new")
 def show_job_form(request: Request) -> Response:
-    return TEMPLATES.TemplateResponse(request, "new_job.html", {"section": "jobs"})
+    return TEMPLATES.TemplateResponse(request, "new_job.html", {"section": "jobs", "runtimes": get_args(Runtime)})
 
 
 @router.get("/jobs/{job_id}")

@@ -15,8 +15,9 @@ from prunefront.errors import ConfigError, FileWriteError
 
 PRINT_A_RESULT = {
     "config published", "config show", "config validate", "data inspect", "data lmdb", "devices", "doctor", "eval",
-    "front", "jobs list", "jobs show", "jobs watch", "measure", "methods", "models fetch", "models list", "search",
-    "table build", "table import", "table predict", "table push", "table show", "table validate", "train", "visualize",
+    "export", "front", "jobs list", "jobs show", "jobs watch", "measure", "methods", "models fetch", "models list",
+    "search", "table build", "table import", "table predict", "table push", "table show", "table validate", "train",
+    "visualize",
 }  # fmt: skip
 
 
@@ -52,8 +53,8 @@ def test_what_prints_a_result_prints_it_as_json_too() -> None:
 
 def test_the_commands_are_those_of_this_version() -> None:
     assert {name.split()[0] for name in COMMANDS} == {
-        "best", "config", "controller", "data", "db", "demo", "devices", "doctor", "eval", "front", "jobs", "measure",
-        "methods", "models", "search", "serve", "table", "train", "visualize",
+        "best", "config", "controller", "data", "db", "demo", "devices", "doctor", "eval", "export", "front", "jobs",
+        "measure", "methods", "models", "search", "serve", "table", "train", "visualize",
     }  # fmt: skip
 
 

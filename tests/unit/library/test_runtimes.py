@@ -1,14 +1,26 @@
-"""What runs a forward pass: casting, compiling with packed weights, and what is refused."""
+"""What runs a forward pass: casting, compiling with packed weights, ONNX sessions, and what is refused."""
 
-from typing import Any
+import sys
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 import prunefront
-from prunefront.errors import ConfigError, UnknownNameError
-from prunefront.runtimes import CompiledForward, cast_modules, fastest_attention, prepare
+from latency_tables.measure import MeasureSettings, measure_models
+from prunefront.compress import compress
+from prunefront.config import Runtime
+from prunefront.errors import ConfigError, MissingExtraError, UnknownNameError
+from prunefront.runtimes import (
+    RUNTIMES,
+    CompiledForward,
+    cast_modules,
+    fastest_attention,
+    onnx_session,
+    prepare,
+)
+from tests.unit.library.models import build, schedules
 
 CPU = torch.device("cpu")
 
@@ -110,3 +122,65 @@ def test_a_cuda_graph_gives_the_same_result_and_refuses_another_shape() -> None:
             torch.testing.assert_close(graphed(x), model(x), atol=1e-5, rtol=1e-5)
         with pytest.raises(ConfigError, match="recorded for images"):
             graphed(torch.randn(5, 16, device=device))
+
+
+def test_documents_name_the_runtimes_that_there_are() -> None:
+    assert set(get_args(Runtime)) == set(RUNTIMES)
+
+
+def test_onnxruntime_gives_the_models_logits_and_refuses_another_shape() -> None:
+    model = compress(build(schedules()["hybrid"].model), schedules()["hybrid"])
+    ready = prepare(model, "onnxruntime", "fp32", CPU)
+    with torch.inference_mode():
+        for seed in range(2):
+            images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(ready(images), model(images), atol=1e-5, rtol=1e-4)
+        # A view whose pixels do not lie in a row is read as what it means.
+        turned = images.transpose(2, 3)
+        torch.testing.assert_close(ready(turned), model(turned), atol=1e-5, rtol=1e-4)
+        with pytest.raises(ConfigError, match=r"made for images \(2, 3, 48, 48\).*got \(3, 3, 48, 48\)"):
+            ready(torch.randn(3, 3, 48, 48))
+
+
+def test_onnxruntime_runs_half_precision_on_the_cpu_but_not_bf16() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 16)
+    x = torch.randn(4, 16)
+    with torch.inference_mode():
+        got = prepare(linear, "onnxruntime", "fp16", CPU)(x.half())
+        torch.testing.assert_close(got.float(), linear(x), atol=1e-2, rtol=1e-2)
+    assert got.dtype == torch.float16
+    with pytest.raises(ConfigError, match="ONNX Runtime cannot run bf16 models. Choose fp32 or fp16"):
+        prepare(linear, "onnxruntime", "bf16", CPU)
+
+
+def test_onnxruntime_is_refused_without_its_package_or_without_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="'onnxruntime' exports a torch module"):
+        prepare(torch.sigmoid, "onnxruntime", "fp32", CPU)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'prunefront\[export\]'"):
+        prepare(nn.Linear(2, 2), "onnxruntime", "fp32", CPU)
+
+
+def test_onnxruntime_on_a_gpu_needs_the_build_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MissingExtraError, match="built without CUDA.*pip install onnxruntime-gpu"):
+        onnx_session("model.onnx", torch.device("cuda"))
+
+
+def test_models_are_measured_under_onnxruntime_with_their_weights_as_memory() -> None:
+    config = schedules()["tome"]
+    dense = build(config.model)
+    settings = MeasureSettings(warmup_rounds=1, min_rounds=2, max_rounds=2, target_s=0.0, attempts=1)
+    measured = measure_models(
+        {"dense": dense, "tome": compress(dense, config)},
+        torch.randn(2, 3, 48, 48),
+        device="cpu",
+        runtime="onnxruntime",
+        canary="dense",
+        settings=settings,
+    )
+    weights_mib = sum(tensor.nbytes for tensor in (*dense.parameters(), *dense.buffers())) / 2**20
+    for one in measured.values():
+        assert one.num_samples == 2
+        assert one.peak_memory_mib is None or one.peak_memory_mib >= weights_mib

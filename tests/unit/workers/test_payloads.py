@@ -29,7 +29,11 @@ def test_null_weights_and_defaults_are_understood() -> None:
     ("model", "payload", "words"),
     [
         (TablePayload, {"model": MODEL, "batch_size": 0}, "table task .*batch_size.*got 0"),
-        (TablePayload, {"model": MODEL, "batch_size": 8, "runtime": "tensorrt"}, "runtime.*'eager' or 'compile'"),
+        (
+            TablePayload,
+            {"model": MODEL, "batch_size": 8, "runtime": "tensorrt"},
+            "runtime.*'eager', 'compile', 'cudagraph' or 'onnxruntime'",
+        ),
         (EvaluatePayload, {**EVALUATE, "split": "validation"}, "split.*'train', 'search' or 'test'"),
         (EvaluatePayload, {**EVALUATE, "entries": EVALUATE["entries"] * 2}, "'?a'? stands twice"),
         (EvaluatePayload, {**EVALUATE, "images": 5}, "images: no such field is known"),
