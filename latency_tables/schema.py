@@ -22,8 +22,8 @@ from prunefront.files import write_json_atomic
 
 __all__ = [
     "Correction", "DeviceInfo", "Dtype", "LatencyEntry", "LatencyTable", "LatencyTableError",
-    "MeasurementStoppedError", "Runtime", "ValidationPoint", "ValidationReport", "describe_device", "load_table",
-    "parse_table", "save_table",
+    "MeasurementStoppedError", "Runtime", "ValidationPoint", "ValidationReport", "WeightMemory", "describe_device",
+    "load_table", "parse_table", "save_table",
 ]  # fmt: skip
 
 TABLE_FORMAT: Final = "prunefront/latency-table/1"
@@ -31,6 +31,7 @@ TABLE_FORMAT: Final = "prunefront/latency-table/1"
 Runtime = Literal["eager", "compile", "cudagraph", "onnxruntime", "tensorrt"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Mebibytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Tokens = Annotated[int, Field(ge=0)]
 
 
@@ -47,13 +48,23 @@ class LatencyEntry(StrictModel):
     samples: Annotated[int, Field(ge=1)] = 1
     p10_ms: Milliseconds | None = None
     p90_ms: Milliseconds | None = None
-    peak_memory_mib: Annotated[float, Field(ge=0)] | None = None
+    peak_memory_mib: Mebibytes | None = Field(
+        default=None,
+        description="Most memory in use while it ran, its input included and the model's weights left out.",
+    )
     state: Literal["ok", "noisy"] = "ok"
     reason: str | None = Field(default=None, description="Why an entry is noisy.")
 
     @property
     def key(self) -> tuple[str, int, int]:
         return self.entry, self.tokens_in, self.tokens_out
+
+
+class WeightMemory(StrictModel):
+    """Parameters and buffers of the measured model in the table's dtype."""
+
+    block_mib: Mebibytes = Field(description="Of one block.")
+    rest_mib: Mebibytes = Field(description="Of all but the blocks: patch embedding, positions, final norm, head.")
 
 
 class Correction(StrictModel):
@@ -70,7 +81,7 @@ class Correction(StrictModel):
 
 
 class ValidationPoint(StrictModel):
-    """One held-out whole model: predicted and measured latency of its schedule."""
+    """One held-out whole model: predicted and measured latency and peak memory of its schedule."""
 
     config: PruneConfig
     predicted_ms: Milliseconds
@@ -78,6 +89,8 @@ class ValidationPoint(StrictModel):
     iqr_ms: Milliseconds
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model in the same interleaved run.")
     state: Literal["ok", "noisy"] = "ok"
+    predicted_memory_mib: Mebibytes | None = None
+    measured_memory_mib: Mebibytes | None = None
 
     @property
     def relative_error(self) -> float:
@@ -94,6 +107,9 @@ class ValidationReport(StrictModel):
     speedup_mape: float | None = Field(
         default=None,
         description="The same for the speed-up over the dense model of the same run, which drift does not move.",
+    )
+    memory_mape: float | None = Field(
+        default=None, description="Mean absolute relative error of peak memory; null where it is not told."
     )
     bias: float = Field(description="Mean signed relative error; positive where predictions are too high.")
     within_5_percent: float
@@ -123,6 +139,9 @@ class LatencyTable(StrictModel):
     created_at: datetime
     build_s: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Seconds the build took.")
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model beside the entries (canary).")
+    weights: WeightMemory | None = Field(
+        default=None, description="What peak memory is predicted with; null where the table does not tell memory."
+    )
     entries: Annotated[tuple[LatencyEntry, ...], Field(min_length=1)]
     correction: Correction = Correction()
     validation: ValidationReport | None = None

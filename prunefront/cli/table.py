@@ -129,7 +129,7 @@ def predict(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Predict the latency of configs, each beside its dense model.
+    """Predict the latency of configs, each beside its dense model, and their peak memory.
 
     Nothing is run, unless each image keeps counts of its own (SPViT, not in mode "fixed"): then --dataset and the
     trained weights in --checkpoint give the mean, p50 and p95 over batches of real images. Without them such a latency
@@ -175,13 +175,14 @@ def predict(
                 "distribution": None if distribution is None else asdict(distribution),
                 "dense_predicted_ms": dense_ms,
                 "predicted_speedup": dense_ms / predicted_ms,
+                "predicted_memory_mib": predicted.peak_memory_mib,
             }
         )
     if as_json:
         print_json(rows)
         return
     print_table(
-        ["config", "predicted ms", "p50", "p95", "dense ms", "speed-up"],
+        ["config", "predicted ms", "p50", "p95", "dense ms", "speed-up", "peak MiB"],
         [
             (
                 row["config"],
@@ -189,6 +190,7 @@ def predict(
                 *(row["distribution"] and f"{row['distribution'][name]:.3f}" for name in ("p50_ms", "p95_ms")),
                 f"{row['dense_predicted_ms']:.3f}",
                 f"{row['predicted_speedup']:.2f} ×",
+                None if row["predicted_memory_mib"] is None else f"{row['predicted_memory_mib']:.1f}",
             )
             for row in rows
         ],
@@ -369,6 +371,7 @@ def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:
         ("bias", f"{report.bias:+.2%}"),
         ("within 5 %", f"{report.within_5_percent:.0%}"),
         ("within 10 %", f"{report.within_10_percent:.0%}"),
+        ("error of peak memory", None if report.memory_mape is None else f"{report.memory_mape:.2%}"),
         ("rank agreement", None if report.kendall_tau is None else f"{report.kendall_tau:.3f} (Kendall's tau)"),
         ("dense", f"{report.dense_ms:.3f} ms measured, {report.dense_predicted_ms:.3f} ms predicted"),
         ("noise", f"{report.noise:.2%} of the median; {report.num_noisy} schedules stayed noisy"),

@@ -6,6 +6,7 @@ import httpx
 
 from latency_tables.csv_import import export_csv
 from latency_tables.predict import predict_latency_ms
+from latency_tables.schema import WeightMemory
 from tests.acceptance.conftest import Server
 from tests.acceptance.seeding import SCHEDULES, config_of, latency_table
 
@@ -64,6 +65,18 @@ def test_prediction_is_that_of_the_library(server: Server, http: httpx.Client) -
     assert answer.status_code == 200, answer.text
     assert answer.json()["predicted_ms"] == predict_latency_ms(latency_table(), config)
     assert answer.json()["is_nominal"] is False
+    assert answer.json()["predicted_memory_mib"] is None  # the table of a device that does not tell it
+
+
+def test_memory_is_predicted_where_a_table_tells_it(http: httpx.Client) -> None:
+    table = latency_table()
+    entries = [entry.model_copy(update={"peak_memory_mib": 0.5 * entry.tokens_in}) for entry in table.entries]
+    telling = table.evolve(entries=entries, weights=WeightMemory(block_mib=2.0, rest_mib=1.0))
+    table_id = http.post("/latency-tables", json=telling.model_dump(mode="json")).json()["id"]
+    answer = http.post(f"/latency-tables/{table_id}/predict", json={"config": config_of(SCHEDULES[0]).to_dict()})
+    # Six blocks, and 0.5 MiB for each of the 65 tokens of the demo model.
+    assert answer.json()["predicted_memory_mib"] == 6 * 2.0 + 1.0 + 32.5
+    http.delete(f"/latency-tables/{table_id}")
 
 
 def test_prediction_for_other_blocks_is_refused(server: Server, http: httpx.Client) -> None:
