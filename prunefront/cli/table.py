@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +24,7 @@ from prunefront.cli.options import (
     model_spec,
     weights_file,
 )
-from prunefront.cli.output import note, print_fields, print_json, print_table, progress_bar
+from prunefront.cli.output import JobFailedError, note, print_fields, print_json, print_table, progress_bar
 from prunefront.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ def build(
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
     out: Annotated[Path | None, typer.Option(help="File to write; named after model and device when left out.")] = None,
+    push_url: Annotated[
+        str | None,
+        typer.Option("--push", metavar="URL", help="Also store it in the service at this address, for its searches."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's blocks at many token counts and write the table.
@@ -58,11 +63,17 @@ def build(
     An interrupted build goes on where it was: what is finished stays in a file beside the table until that is written.
 
     Example: prunefront table build deit_small_patch16_224 --batch-size 8
+
+    Example: prunefront table build deit_small_patch16_224 --device cuda --push http://192.168.0.10:8000
     """
     from latency_tables.build import build_table
     from latency_tables.schema import save_table
+    from prunefront.cli.connection import connect
     from prunefront.files import require_writable
 
+    if push_url is not None:
+        with connect(push_url):
+            pass  # what is no address is refused before anything is measured
     target = out or Path(f"{model}-{device.replace(':', '')}-{runtime}-{dtype}-b{batch_size}.table.json")
     partial = target.with_name(f"{target.name}.partial")
     require_writable(target)
@@ -79,8 +90,9 @@ def build(
     save_table(table, target)
     partial.unlink(missing_ok=True)
     note(f"Wrote {target}")
+    stored = None if push_url is None else _push_built(table, target, push_url)
     if as_json:
-        print_json(_head(table) | {"file": str(target)})
+        print_json(_head(table) | {"file": str(target), "stored": stored})
     else:
         _print_head(table)
 
@@ -299,15 +311,9 @@ def push(file: TableFile, url: Url = None, as_json: AsJson = False) -> None:
 
     Example: prunefront table push digit.table.json --url http://127.0.0.1:8000
     """
-    from prunefront.cli.connection import connect
-
-    document = _load(file).model_dump(mode="json")
-    with connect(url) as client:
-        stored = client.push_table(document)
+    stored = _push(_load(file), url)
     if as_json:
         print_json(stored)
-    else:
-        note(f"Stored table {stored['id']}; the next search with its device, runtime, dtype and batch size uses it.")
 
 
 @app.command("plot")
@@ -325,6 +331,25 @@ def plot(
     target = out or file.with_suffix(".png")
     plot_table(load_table(file), target)
     note(f"Wrote {target}")
+
+
+def _push(table: LatencyTable, url: str | None) -> dict[str, Any]:
+    from prunefront.cli.connection import connect
+
+    with connect(url) as client:
+        stored = client.push_table(table.model_dump(mode="json"))
+    note(f"Stored table {stored['id']}; the next search with its device, runtime, dtype and batch size uses it.")
+    return stored
+
+
+def _push_built(table: LatencyTable, file: Path, url: str) -> dict[str, Any]:
+    from prunefront.client import ClientError
+
+    try:
+        return _push(table, url)
+    except ClientError as error:
+        command = f"prunefront table push {shlex.quote(str(file))} --url {shlex.quote(url)}"
+        raise JobFailedError(f"{error} The table is safe in {file}; `{command}` stores it.") from error
 
 
 def _load(file: Path) -> LatencyTable:
