@@ -32,7 +32,7 @@ Runtime = Literal["eager", "compile", "cudagraph", "onnxruntime", "tensorrt"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Mebibytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Tokens = Annotated[int, Field(ge=0)]
+Tokens = Annotated[int, Field(ge=1)]
 
 
 class LatencyEntry(StrictModel):
@@ -217,6 +217,11 @@ def parse_table(document: Any, name: str = "latency table") -> LatencyTable:
             f'{name} is not a latency table: expected a mapping with "format": "{TABLE_FORMAT}". '
             "Build one with `prunefront table build`, or import measurements with `prunefront table import`."
         )
+    if not str(document["format"]).startswith("prunefront/latency-table/"):
+        raise LatencyTableError(
+            f"{name} is not a latency table: its format is {document['format']!r}, but expected {TABLE_FORMAT!r}. "
+            "Check that it is the right file."
+        )
     if document["format"] != TABLE_FORMAT:
         raise LatencyTableError(
             f"{name} has format {document['format']!r}, but this version of prunefront reads {TABLE_FORMAT!r}; "
@@ -225,7 +230,10 @@ def parse_table(document: Any, name: str = "latency table") -> LatencyTable:
     try:
         return LatencyTable.model_validate(dict(document))
     except ValidationError as error:
-        raise LatencyTableError(f"{name}: {describe_validation_error(error)}") from error
+        raise LatencyTableError(
+            f"{name} is damaged, or was not written by prunefront: {describe_validation_error(error)}. Copy it again, "
+            "or rebuild the table."
+        ) from error
 
 
 def save_table(table: LatencyTable, path: str | os.PathLike[str]) -> Path:

@@ -135,6 +135,14 @@ class CompiledForward:
                     "torch cannot compile this model into one graph, since its token counts depend on the images; use "
                     "the runtime eager, or options of its method that fix the counts (spvit: mode=fixed)."
                 ) from error
+            except torch._dynamo.exc.TorchDynamoException as error:
+                cause = getattr(error, "inner_exception", error)  # of a failed compilation
+                if not isinstance(cause, torch._inductor.exc.InvalidCxxCompiler | torch._inductor.exc.TritonMissing):
+                    raise
+                what = "a C++ compiler (install g++)" if self._freezing else "Triton (pip install triton)"
+                raise ConfigError(
+                    f"The runtime compile needs {what}, which is not here; install it, or use the runtime eager."
+                ) from error
 
 
 class GraphedForward:
