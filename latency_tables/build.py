@@ -27,6 +27,7 @@ from latency_tables.device import DeviceInfo, describe_device, torch_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.interpolation import interpolate
 from latency_tables.measure import (
+    MIB,
     STOPPED,
     WHOLE,
     Lap,
@@ -42,6 +43,7 @@ from latency_tables.measure import (
     rounds_for,
     stopwatch_for,
     warm_up,
+    weights_mib,
     whole_model,
 )
 from latency_tables.partial import FinishedGroup, PartialFile, rescaled
@@ -62,7 +64,7 @@ from latency_tables.parts import (
 )
 from latency_tables.predict import Predictor
 from latency_tables.schedules import random_configs
-from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime
+from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime, WeightMemory
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import ModelGeometry, block_key, geometry_of, require_equal_blocks
@@ -224,7 +226,7 @@ class _Planned:
 
     subject: Subject
     entries: Mapping[str, tuple[str, int, int]]  # Lap name → entry key.
-    module: nn.Module | None = None  # Whose weights count as memory.
+    input: Tensor | None = None  # Tokens that stay in use while it runs, and that it does not make itself.
 
 
 class _Build:
@@ -384,6 +386,7 @@ class _Build:
             created_at=datetime.now(UTC),
             build_s=round(sum(group.seconds for group in self.partial.groups), 1),
             dense_ms=canary_ms,
+            weights=self._weights(),
             entries=tuple(sorted(entries, key=lambda entry: entry.key)),
         )
         predictor = Predictor(plain)
@@ -425,7 +428,8 @@ class _Build:
         entries = {attention: (attention, tokens, tokens)}
         if with_mlp:
             entries[MLP] = (MLP, tokens, tokens)
-        return _Planned(subject=subject, entries=entries, module=self.blocks[0])
+        # From the second block on, the input is what the block before made.
+        return _Planned(subject=subject, entries=entries, input=x if count == 1 else None)
 
     def _stem(self) -> _Planned:
         stem = self._part(Stem(self.model))
@@ -446,7 +450,7 @@ class _Build:
             head(x)
             lap(HEAD)
 
-        return _Planned(subject=subject, entries={HEAD: (HEAD, tokens, 1)})
+        return _Planned(subject=subject, entries={HEAD: (HEAD, tokens, 1)}, input=x)
 
     def _reduction(self, kind: ReductionKind, tokens: int, removed: float) -> _Planned | None:
         """A few reducing blocks on the same tokens, other blocks of the model in every sample."""
@@ -463,11 +467,7 @@ class _Build:
                 part(x)
                 lap(kind.entry)
 
-        return _Planned(
-            subject=subject,
-            entries={kind.entry: (kind.entry, tokens, steps[-1].tokens_out)},
-            module=self.blocks[0],
-        )
+        return _Planned(subject=subject, entries={kind.entry: (kind.entry, tokens, steps[-1].tokens_out)}, input=x)
 
     @property
     def _timed_blocks(self) -> Sequence[Block]:
@@ -495,9 +495,7 @@ class _Build:
             self._stop_if_asked()
             at = start + 0.3 * (end - start) * number / len(todo)
             self._report(stage, at, f"warming up {key}")
-            memory[key] = peak_memory_mib(
-                partial(self.stopwatch.sample, one.subject), self.device, one.module, self.runtime
-            )
+            memory[key] = self._memory_mib(one)
             rounds[key] = rounds_for(warm_up(one.subject, self.stopwatch, settings), settings)
         canary_ms, measured = self._measure(
             {key: one.subject for key, one in todo.items()}, rounds, memory, settings, stage,
@@ -551,6 +549,16 @@ class _Build:
                 block_ms[entry.tokens_in] += entry.median_ms
         line = interpolate((low, high), (block_ms[low], block_ms[high]), middle)
         return abs(line / block_ms[middle] - 1.0)
+
+    def _memory_mib(self, planned: _Planned) -> float | None:
+        peak_mib = peak_memory_mib(partial(self.stopwatch.sample, planned.subject), self.device, runtime=self.runtime)
+        if peak_mib is None or planned.input is None:
+            return peak_mib
+        return peak_mib + planned.input.nbytes / MIB
+
+    def _weights(self) -> WeightMemory:
+        block_mib = weights_mib(self.blocks[0])
+        return WeightMemory(block_mib=block_mib, rest_mib=weights_mib(self.model) - len(self.blocks) * block_mib)
 
     def _header(self) -> dict[str, Any]:
         return {

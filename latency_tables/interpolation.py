@@ -44,6 +44,14 @@ class Surface:
         return interpolate(ends, values, tokens_in)
 
 
+def in_proportion(points: Mapping[int, float], tokens: int) -> float:
+    """The nearest point, scaled by its tokens; 0 without points."""
+    if not points:
+        return 0.0
+    nearest = min(points, key=lambda at: abs(at - tokens))
+    return points[nearest] * tokens / nearest
+
+
 def share_removed(tokens_in: int, tokens_out: int) -> float:
     return 1.0 - tokens_out / tokens_in
 

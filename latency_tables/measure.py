@@ -505,7 +505,7 @@ def peak_memory_mib(
     On the CPU this is resident memory as Linux counts it (the peak is reset before the run), elsewhere None; None too
     for ONNX Runtime on a GPU, whose own allocator torch does not see.
     """
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / MIB if model is not None else 0.0
+    weights = weights_mib(model) if model is not None else 0.0
     if device.type == "cuda":
         if runtime == "onnxruntime":
             return None
@@ -527,6 +527,11 @@ def peak_memory_mib(
     if before_kib is None or peak_kib is None:
         return None
     return weights + max(0, peak_kib - before_kib) / 1024
+
+
+def weights_mib(model: nn.Module) -> float:
+    """Parameters and buffers, MiB."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / MIB
 
 
 def _return_freed_memory() -> None:

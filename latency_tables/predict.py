@@ -1,5 +1,7 @@
 """Predicted latency of a schedule: one lookup per half block, reduction, stem and head, summed and corrected.
 
+The same lookups tell its peak memory (`latency_tables.memory`).
+
 Where each image keeps counts of its own, the latency is a distribution over batches of real images.
 
 Nothing is predicted that was not measured: other hardware, blocks, operations or token counts are refused with a
@@ -19,7 +21,8 @@ from numpy.typing import NDArray
 
 from latency_tables.device import DeviceInfo
 from latency_tables.errors import LatencyTableError, UnmeasuredTokensError
-from latency_tables.interpolation import Curve, Surface
+from latency_tables.interpolation import Curve, Surface, in_proportion
+from latency_tables.memory import MemoryLookup
 from latency_tables.parts import (
     ATTENTION,
     BLOCK,
@@ -57,11 +60,13 @@ class BlockPrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A schedule's latency and what it is made of."""
+    """A schedule's latency and what it is made of, and its peak memory."""
 
     latency_ms: float  # Corrected; what a whole model is expected to take.
     rest_ms: float  # Stem and head, uncorrected like the blocks.
     blocks: tuple[BlockPrediction, ...]
+    # Weights, without those of learned score predictors, and working memory; None where the table does not tell it.
+    peak_memory_mib: float | None = None
     is_nominal: bool = False  # Each image keeps counts of its own; `predict_distribution` takes them into account.
 
     @property
@@ -109,10 +114,12 @@ class Predictor:
         self.min_tokens = max(self._attention.tokens[0], self._mlp.tokens[0])
         self.max_tokens = min(self._attention.tokens[-1], self._mlp.tokens[-1])
         # Sizes and masks cost a bias in attention; the extra is interpolated: few token counts are enough for it.
-        self._sized_extra, self._masked_extra = (
-            Curve({at: ms - self._attention(at) for (at, _), ms in groups.get(name, {}).items()} or {0: 0.0})
+        self._bias_extra = {
+            name: Curve({at: ms - self._attention(at) for (at, _), ms in groups.get(name, {}).items()} or {0: 0.0})
             for name in (SIZED_ATTENTION, MASKED_ATTENTION)
-        )
+        }
+        self._memory = MemoryLookup.of(table)
+        # One convolution over the patches: another image size costs in proportion to its tokens.
         self._stem = {tokens_out: ms for (_, tokens_out), ms in groups.get(STEM, {}).items()}
         self._head = Curve({tokens_in: ms for (tokens_in, _), ms in groups.get(HEAD, {}).items()} or {0: 0.0})
         self._overhead = {
@@ -144,6 +151,7 @@ class Predictor:
         sized = masked = is_padded = False
         appended = 0  # Beyond the tokens of the image; the table need not reach that far.
         blocks = []
+        working_mib = []  # Of every block.
         for block in schedule.blocks:
             if method.carries_added_tokens:
                 appended += len(block.steps)
@@ -151,24 +159,29 @@ class Predictor:
             for _ in block.steps:
                 is_padded = next(padding, False)
             attention = _half_ms(self._attention, block.tokens_in)
-            if masked:
-                attention += self._masked_extra(block.tokens_in)
-            elif is_padded or (sized and proportional):
-                attention += self._sized_extra(block.tokens_in)
-            reduction = 0.0
+            bias = MASKED_ATTENTION if masked else SIZED_ATTENTION if is_padded or (sized and proportional) else None
+            if bias is not None:
+                attention += self._bias_extra[bias](block.tokens_in)
+            reduction, entry = 0.0, None
             if block.steps:
                 kind = kind_name(schedule.method, options, block.steps)
-                reduction = self._overhead_of(kind)(block.tokens_entering, block.tokens_out)
+                known = self._require_kind(kind)
+                reduction, entry = self._overhead[known](block.tokens_entering, block.tokens_out), BLOCK + known
                 sized = sized or gives_sizes(kind, block.steps)
                 masked = masked or REDUCTION_KINDS[kind].masks_attention
             mlp = _half_ms(self._mlp, block.tokens_out)
+            if self._memory is not None:
+                working_mib.append(self._memory.block_mib(block, reduction=entry, bias=bias))
             blocks.append(BlockPrediction(attention_ms=attention, reduction_ms=reduction, mlp_ms=mlp))
         first, last = schedule.blocks[0].tokens_entering, schedule.blocks[-1].tokens_out
-        plain = Prediction(latency_ms=0.0, rest_ms=self._stem_ms(first) + self._head(last), blocks=tuple(blocks))
+        rest_ms = in_proportion(self._stem, first) + self._head(last)
+        memory = self._memory
+        plain = Prediction(latency_ms=0.0, rest_ms=rest_ms, blocks=tuple(blocks))
         return Prediction(
             latency_ms=corrected_ms(plain.part_sums, self._correction.intercept_ms, self._correction.factors),
             rest_ms=plain.rest_ms,
             blocks=plain.blocks,
+            peak_memory_mib=None if memory is None else memory.peak_mib(first, last, working_mib),
             is_nominal=not schedule.is_static,
         )
 
@@ -226,15 +239,8 @@ class Predictor:
     def _halves_ms(self, kind: ReductionKind, tokens_in: int, tokens_out: int) -> float:
         """What both halves take of a measured block that reduces."""
         attended = kind.tokens_attended(tokens_in, tokens_out)
-        mask = self._masked_extra(attended) if kind.masks_attention else 0.0
+        mask = self._bias_extra[MASKED_ATTENTION](attended) if kind.masks_attention else 0.0
         return self._attention(attended) + mask + self._mlp(tokens_out)
-
-    def _stem_ms(self, tokens: int) -> float:
-        """Stem at another image size costs in proportion to its tokens: it is one convolution over the patches."""
-        if not self._stem:
-            return 0.0
-        nearest = min(self._stem, key=lambda at: abs(at - tokens))
-        return self._stem[nearest] * tokens / nearest
 
     def _known_kind(self, kind: str) -> str | None:
         """The kind itself, or the first that may stand in for it and has entries."""
@@ -243,10 +249,10 @@ class Predictor:
             wanted = REDUCTION_KINDS[wanted].like
         return wanted
 
-    def _overhead_of(self, kind: str) -> Surface:
+    def _require_kind(self, kind: str) -> str:
         known = self._known_kind(kind)
         if known is not None:
-            return self._overhead[known]
+            return known
         raise LatencyTableError(
             f"Table {self.name!r} has no entry {BLOCK + kind!r}, which this schedule needs; it knows "
             f"{', '.join(sorted(BLOCK + known for known in self._overhead)) or 'no reductions'}. Rebuild the table, "

@@ -23,8 +23,8 @@ from prunefront.files import write_json_atomic
 
 __all__ = [
     "Correction", "DeviceInfo", "Dtype", "LatencyEntry", "LatencyTable", "LatencyTableError",
-    "MeasurementStoppedError", "Runtime", "ValidationPoint", "ValidationReport", "describe_device", "load_table",
-    "parse_table", "save_table",
+    "MeasurementStoppedError", "Runtime", "ValidationPoint", "ValidationReport", "WeightMemory", "describe_device",
+    "load_table", "parse_table", "save_table",
 ]  # fmt: skip
 
 TABLE_FORMAT: Final = "prunefront/latency-table/1"
@@ -32,7 +32,8 @@ TABLE_FORMAT: Final = "prunefront/latency-table/1"
 # What a table may be of: what can be measured here, and what can be imported.
 Runtime = Literal[MeasuredRuntime, "tensorrt"]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Tokens = Annotated[int, Field(ge=0)]
+Mebibytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Tokens = Annotated[int, Field(ge=1)]
 
 
 class LatencyEntry(StrictModel):
@@ -48,13 +49,23 @@ class LatencyEntry(StrictModel):
     samples: Annotated[int, Field(ge=1)] = 1
     p10_ms: Milliseconds | None = None
     p90_ms: Milliseconds | None = None
-    peak_memory_mib: Annotated[float, Field(ge=0)] | None = None
+    peak_memory_mib: Mebibytes | None = Field(
+        default=None,
+        description="Most memory in use while it ran, its input included and the model's weights left out.",
+    )
     state: Literal["ok", "noisy"] = "ok"
     reason: str | None = Field(default=None, description="Why an entry is noisy.")
 
     @property
     def key(self) -> tuple[str, int, int]:
         return self.entry, self.tokens_in, self.tokens_out
+
+
+class WeightMemory(StrictModel):
+    """Parameters and buffers of the measured model in the table's dtype."""
+
+    block_mib: Mebibytes = Field(description="Of one block.")
+    rest_mib: Mebibytes = Field(description="Of all but the blocks: patch embedding, positions, final norm, head.")
 
 
 class Correction(StrictModel):
@@ -71,7 +82,7 @@ class Correction(StrictModel):
 
 
 class ValidationPoint(StrictModel):
-    """One held-out whole model: predicted and measured latency of its schedule."""
+    """One held-out whole model: predicted and measured latency and peak memory of its schedule."""
 
     config: PruneConfig
     predicted_ms: Milliseconds
@@ -79,6 +90,8 @@ class ValidationPoint(StrictModel):
     iqr_ms: Milliseconds
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model in the same interleaved run.")
     state: Literal["ok", "noisy"] = "ok"
+    predicted_memory_mib: Mebibytes | None = None
+    measured_memory_mib: Mebibytes | None = None
 
     @property
     def relative_error(self) -> float:
@@ -95,6 +108,9 @@ class ValidationReport(StrictModel):
     speedup_mape: float | None = Field(
         default=None,
         description="The same for the speed-up over the dense model of the same run, which drift does not move.",
+    )
+    memory_mape: float | None = Field(
+        default=None, description="Mean absolute relative error of peak memory; null where it is not told."
     )
     bias: float = Field(description="Mean signed relative error; positive where predictions are too high.")
     within_5_percent: float
@@ -124,6 +140,9 @@ class LatencyTable(StrictModel):
     created_at: datetime
     build_s: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Seconds the build took.")
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model beside the entries (canary).")
+    weights: WeightMemory | None = Field(
+        default=None, description="What peak memory is predicted with; null where the table does not tell memory."
+    )
     entries: Annotated[tuple[LatencyEntry, ...], Field(min_length=1)]
     correction: Correction = Correction()
     validation: ValidationReport | None = None
@@ -199,6 +218,11 @@ def parse_table(document: Any, name: str = "latency table") -> LatencyTable:
             f'{name} is not a latency table: expected a mapping with "format": "{TABLE_FORMAT}". '
             "Build one with `prunefront table build`, or import measurements with `prunefront table import`."
         )
+    if not str(document["format"]).startswith("prunefront/latency-table/"):
+        raise LatencyTableError(
+            f"{name} is not a latency table: its format is {document['format']!r}, but expected {TABLE_FORMAT!r}. "
+            "Check that it is the right file."
+        )
     if document["format"] != TABLE_FORMAT:
         raise LatencyTableError(
             f"{name} has format {document['format']!r}, but this version of prunefront reads {TABLE_FORMAT!r}; "
@@ -207,7 +231,10 @@ def parse_table(document: Any, name: str = "latency table") -> LatencyTable:
     try:
         return LatencyTable.model_validate(dict(document))
     except ValidationError as error:
-        raise LatencyTableError(f"{name}: {describe_validation_error(error)}") from error
+        raise LatencyTableError(
+            f"{name} is damaged, or was not written by prunefront: {describe_validation_error(error)}. Copy it again, "
+            "or rebuild the table."
+        ) from error
 
 
 def save_table(table: LatencyTable, path: str | os.PathLike[str]) -> Path:

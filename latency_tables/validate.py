@@ -20,7 +20,7 @@ from latency_tables.measure import (
     Stopwatch,
     measure_models,
 )
-from latency_tables.predict import check_table_matches, predict_latency_ms, predictor_of
+from latency_tables.predict import check_table_matches, predict, predict_latency_ms, predictor_of
 from latency_tables.schedules import random_configs
 from latency_tables.schema import LatencyTable, ValidationPoint, ValidationReport
 from prunefront.compress import compress, create_dense
@@ -135,6 +135,7 @@ def validate_table(
         dense_ms=statistics.median(dense_ms),
         dense_predicted_ms=dense_predicted_ms,
         speedup_mape=statistics.fmean(abs(error) for error in speedup_errors),
+        memory_mape=memory_mape(points),
         num_noisy=sum(point.state == "noisy" for point in points),
         noise=statistics.median(point.iqr_ms / point.measured_ms for point in points),
         device=info,
@@ -142,6 +143,16 @@ def validate_table(
         points=tuple(points),
         **error_figures([point.predicted_ms for point in points], [point.measured_ms for point in points]),
     )
+
+
+def memory_mape(points: Sequence[ValidationPoint]) -> float | None:
+    """Mean absolute relative error of peak memory over the points that tell both; None where none does."""
+    errors = [
+        abs(point.predicted_memory_mib / point.measured_memory_mib - 1.0)
+        for point in points
+        if point.predicted_memory_mib is not None and point.measured_memory_mib
+    ]
+    return statistics.fmean(errors) if errors else None
 
 
 def error_figures(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | None]:
@@ -166,13 +177,16 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
 
 
 def _point(table: LatencyTable, config: PruneConfig, measured: Measurement, dense_ms: float) -> ValidationPoint:
+    predicted = predict(table, config)
     return ValidationPoint(
         config=config,
-        predicted_ms=predict_latency_ms(table, config),
+        predicted_ms=predicted.latency_ms,
         measured_ms=measured.median_ms,
         iqr_ms=measured.iqr_ms,
         dense_ms=dense_ms,
         state=measured.state,
+        predicted_memory_mib=predicted.peak_memory_mib,
+        measured_memory_mib=measured.peak_memory_mib,
     )
 
 

@@ -103,7 +103,7 @@ class EagerForward:
 
 
 class CompiledForward:
-    """A forward compiled with static shapes as one graph; compiling it a second time is an error, not a fallback.
+    """A forward compiled with static shapes as one graph, for the images of its first call; it refuses others.
 
     torch keeps compiled graphs by code object and, beyond eight, silently runs eagerly. Each forward therefore gets a
     code object of its own: the limit is never met, and no call tries the guards of other models first.
@@ -117,19 +117,32 @@ class CompiledForward:
             call.__code__.replace(co_name=f"forward_{id(self):x}"), call.__globals__, "forward", None, call.__closure__
         )
         self._compiled = torch.compile(own, fullgraph=True, dynamic=False)
-        self._freezing = device.type == "cpu"
-        self._checked_calls = 2
+        self._is_cpu = device.type == "cpu"
+        self._compiled_for: tuple[torch.Size, torch.dtype] | None = None
 
     def __call__(self, x: Tensor) -> Any:
-        if not self._checked_calls:
-            # The patches below cost microseconds that are not the model's.
+        if self._compiled_for is None:
+            outputs = self._compile(x)
+            self._compiled_for = x.shape, x.dtype
+            return outputs
+        if self._compiled_for != (x.shape, x.dtype):
+            shape, dtype = self._compiled_for
+            raise ConfigError(
+                f"This model was compiled for images {tuple(shape)} in {dtype}, but got {tuple(x.shape)} in {x.dtype}; "
+                "prepare another one."
+            )
+        # torch would look at every weight of the model before each call, which is some percent of a small batch. There
+        # is one graph, and the line above has checked what it depends on.
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
             return self._compiled(x)
-        self._checked_calls -= 1
+
+    def _compile(self, x: Tensor) -> Any:
+        """The first call."""
         # Freezing must be on while the graph is traced, not only among the compiler's options: else weights stay
-        # inputs of the graph, nothing is packed, and torch does not say so.
+        # inputs of the graph, nothing is packed, and torch does not say so. The wrapper around the kernels, in Python
+        # by default, takes as long as some of them.
         with (
-            torch._dynamo.config.patch(error_on_recompile=True),
-            torch._inductor.config.patch(freezing=self._freezing),
+            torch._inductor.config.patch(freezing=self._is_cpu, cpp_wrapper=self._is_cpu),
             fastest_attention(x),
         ):
             try:
@@ -138,6 +151,14 @@ class CompiledForward:
                 raise ConfigError(
                     "torch cannot compile this model into one graph, since its token counts depend on the images; use "
                     "the runtime eager, or options of its method that fix the counts (spvit: mode=fixed)."
+                ) from error
+            except torch._dynamo.exc.TorchDynamoException as error:
+                cause = getattr(error, "inner_exception", error)  # of a failed compilation
+                if not isinstance(cause, torch._inductor.exc.InvalidCxxCompiler | torch._inductor.exc.TritonMissing):
+                    raise
+                what = "a C++ compiler (install g++)" if self._is_cpu else "Triton (pip install triton)"
+                raise ConfigError(
+                    f"The runtime compile needs {what}, which is not here; install it, or use the runtime eager."
                 ) from error
 
 

@@ -47,6 +47,9 @@ class Constraints(StrictModel):
     max_latency_ms: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Per forward pass of the job's batch; slower candidates are not promoted."
     )
+    max_memory_mib: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Predicted peak memory of a forward pass; candidates above are not promoted."
+    )
 
 
 class Budget(StrictModel):

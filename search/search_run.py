@@ -16,7 +16,7 @@ import torch
 
 from latency_tables.device import describe_device
 from latency_tables.errors import LatencyTableError
-from latency_tables.predict import predict_latency_ms
+from latency_tables.predict import predict, predict_latency_ms
 from latency_tables.schema import LatencyTable
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import ModelGeometry, build_timm_model, geometry_for
@@ -78,7 +78,7 @@ class SearchRun:
         space = self._space(table, variances)
         self._add_seeds(table, variances)
         self._screen(space)
-        promoted = self._promote(dense)
+        promoted = self._promote(dense, table)
         self._measure(promoted, MEASURED_FIRST, "measuring")
         finetuned = self._finetune()
         self._measure(finetuned, MEASURED_FINETUNED, "measuring again")
@@ -108,7 +108,16 @@ class SearchRun:
         found = find_table(self.run, self.geometry, self.place)
         if found is None:
             found = build_table(self.run, self.spec, self.geometry, self.place)
-        return found[1]
+        table = found[1]
+        if self.job.constraints.max_memory_mib is not None and self._dense_memory_mib(table) is None:
+            raise JobFailure(
+                f"Table {table.name!r} does not tell peak memory, so max_memory_mib cannot be kept. Build it again on "
+                "Linux or a CUDA device with `prunefront table build` and push it, or leave max_memory_mib out."
+            )
+        return table
+
+    def _dense_memory_mib(self, table: LatencyTable) -> float | None:
+        return predict(table, PruneConfig(model=self.spec, method="hybrid")).peak_memory_mib
 
     def _dense(self, table: LatencyTable) -> CandidateRecord:
         config = PruneConfig(model=self.spec, method="hybrid")
@@ -131,7 +140,7 @@ class SearchRun:
 
     def _space(self, table: LatencyTable, variances: Variances | None) -> ScheduleSpace:
         try:
-            return ScheduleSpace(
+            space = ScheduleSpace(
                 self.spec,
                 self.geometry,
                 self.job.space,
@@ -141,6 +150,22 @@ class SearchRun:
             )
         except LatencyTableError as error:
             raise JobFailure(f"The latency table does not cover this search space: {error}") from error
+        self._require_room(table, space)
+        return space
+
+    def _require_room(self, table: LatencyTable, space: ScheduleSpace) -> None:
+        """Refuse a limit of memory that neither the dense model nor the most reduced one keeps."""
+        limit_mib = self.job.constraints.max_memory_mib
+        if limit_mib is None:
+            return
+        reduced = (predict(table, space.most_reduced(method)).peak_memory_mib for method in space.methods)
+        least_mib = min(mib for mib in (self._dense_memory_mib(table), *reduced) if mib is not None)
+        if least_mib > limit_mib:
+            raise JobFailure(
+                f"Nothing fits into max_memory_mib {limit_mib:g}: even reduced the most, {self.spec.name} is predicted "
+                f"to need {least_mib:.1f} MiB at batch size {self.place.batch_size}. Raise the limit, or choose a "
+                "smaller batch size or model."
+            )
 
     def _add_seeds(self, table: LatencyTable, variances: Variances | None) -> None:
         for seed in seeds_for(self.spec, self.geometry, self.job.space.methods, variances):
@@ -386,11 +411,15 @@ class SearchRun:
 
     # Measuring -----------------------------------------------------------------------------------------------------
 
-    def _promote(self, dense: CandidateRecord) -> list[CandidateRecord]:
+    def _promote(self, dense: CandidateRecord, table: LatencyTable) -> list[CandidateRecord]:
         """Dense, the marks, and the most promising of all others by (accuracy on search images, predicted latency)."""
         candidates = self._candidates()
         marks = choose_marks(candidates)
-        contenders = [c for c in candidates if c.origin in ("published", "sampler") and c not in marks]
+        contenders = [
+            c
+            for c in candidates
+            if c.origin in ("published", "sampler") and c not in marks and self._fits_memory(c, table)
+        ]
         places, sample = self.job.budget.measure_top, self._num_images("search", self.job.budget.search_images)
         finalists = self._most_promising(contenders, FINALISTS_PER_PLACE * places, sample)
         everything = self._num_images("search", None)
@@ -398,6 +427,13 @@ class SearchRun:
         self._judge([c for c in judged if screened_on(c, everything) is None])
         current = {c.number: c for c in self._candidates()}
         return [dense, *marks, *self._most_promising([current[c.number] for c in finalists], places, everything)]
+
+    def _fits_memory(self, candidate: CandidateRecord, table: LatencyTable) -> bool:
+        limit_mib = self.job.constraints.max_memory_mib
+        if limit_mib is None or candidate.predicted_ms is None:  # without a prediction it is not promoted anyway
+            return True
+        peak_mib = predict(table, PruneConfig.model_validate(candidate.config)).peak_memory_mib
+        return peak_mib is not None and peak_mib <= limit_mib
 
     def _most_promising(
         self, contenders: Sequence[CandidateRecord], count: int, num_images: int

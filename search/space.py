@@ -83,7 +83,7 @@ class ScheduleSpace:
         self.dense_ms = latency_ms(plan_schedule(PruneConfig(model=spec, method="hybrid"), geometry))
         highest = MAX_SHARE if max_latency_ms is None else min(MAX_SHARE, max_latency_ms / self.dense_ms)
         # The least share any method reaches with everything dropped that may be; below it aims are all the same.
-        self.min_share = min(self._least_ms(method) for method in self.methods) / self.dense_ms
+        self.min_share = min(latency_ms(self.most_reduced(method)) for method in self.methods) / self.dense_ms
         self.max_share = max(highest, self.min_share)
         self.distributions = distributions_of(
             space, geometry, least_share=min(self.min_share, 1.0), greatest_share=max(self.max_share, self.min_share)
@@ -134,6 +134,9 @@ class ScheduleSpace:
         return sites
 
     def _scaled_ms(self, params: Mapping[str, Any], options: dict[str, Any], scale: float) -> float:
+        return self.latency_ms(self._scaled(params, options, scale))
+
+    def _scaled(self, params: Mapping[str, Any], options: dict[str, Any], scale: float) -> TokenSchedule:
         method = get_method(params["method"])
         blocks = plan_blocks(
             method,
@@ -143,20 +146,19 @@ class ScheduleSpace:
             num_patch_tokens=self.geometry.num_patch_tokens,
             num_prefix_tokens=self.geometry.num_prefix_tokens,
         )
-        return self.latency_ms(
-            TokenSchedule(
-                method=method.name,
-                options=tuple(sorted(options.items())),
-                num_prefix_tokens=self.geometry.num_prefix_tokens,
-                blocks=blocks,
-            )
+        return TokenSchedule(
+            method=method.name,
+            options=tuple(sorted(options.items())),
+            num_prefix_tokens=self.geometry.num_prefix_tokens,
+            blocks=blocks,
         )
 
-    def _least_ms(self, method: str) -> float:
+    def most_reduced(self, method: str) -> TokenSchedule:
+        """Everything dropped that may be."""
         params = {"method": method, "prop_attn": True, "hybrid_score": "cls", "ppt_quantile": 0.5}
         for block in self.blocks:
             params |= {f"op_{block}": "drop", f"drop_{block}": 1.0}
-        return self._scaled_ms(params, self._options(params), 1.0)
+        return self._scaled(params, self._options(params), 1.0)
 
 
 def blocks_of(space: SearchSpace, geometry: ModelGeometry) -> Sequence[int]:

@@ -207,7 +207,7 @@ class PredictRequest(StrictModel):
 
 
 class Prediction(BaseModel):
-    """A latency from a table, ms per forward pass of the table's batch."""
+    """A latency from a table, ms per forward pass of the table's batch, and the peak memory of one."""
 
     table: str
     device: str
@@ -215,6 +215,7 @@ class Prediction(BaseModel):
     dtype: Dtype
     batch_size: int
     predicted_ms: float
+    predicted_memory_mib: float | None = Field(description="Null where the table does not tell memory.")
     is_nominal: bool = Field(
         description="True where each image keeps counts of its own, and predicted_ms is for those of the schedule."
     )

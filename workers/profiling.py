@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latency_tables.build import build_table, quick_settings
-from latency_tables.measure import Measurement, measure_models
+from latency_tables.measure import Measurement, measure_models, weights_mib
 from latency_tables.validate import validate_table
 from prunefront.runtimes import DTYPES, SLOW_TO_PREPARE, Forward, prepare
 from prunefront.training.data import DataConfig, SplitName, data_config_of
@@ -102,7 +102,7 @@ def _measure_group(
     """Measure some entries in one interleaved run; keys are their indices and ``DENSE``."""
     input_size = data_config_of(models.dense).input_size
     subjects: dict[str, nn.Module | Forward] = {DENSE: models.dense}
-    weights_mib: dict[str, float] = {}
+    own_weights_mib: dict[str, float] = {}
     for index, entry in enumerate(entries):
         model = models.build(entry)
         if data_config_of(model).input_size == input_size:
@@ -110,8 +110,7 @@ def _measure_group(
         else:
             # Every subject is called with the dense model's images, which this one cannot take.
             subjects[str(index)] = _with_own_images(model, task, context.device)
-            tensors = (*model.parameters(), *model.buffers())
-            weights_mib[str(index)] = sum(tensor.nbytes for tensor in tensors) / 2**20
+            own_weights_mib[str(index)] = weights_mib(model)
     measured = measure_models(
         subjects,
         _batches(task, data_config_of(models.dense)),
@@ -123,7 +122,7 @@ def _measure_group(
         progress=progress,
         should_stop=context.should_stop,
     )
-    for key, mib in weights_mib.items():
+    for key, mib in own_weights_mib.items():
         peak_mib = measured[key].peak_memory_mib
         if peak_mib is not None:  # a subject that is not a module is measured without its weights
             measured[key] = replace(measured[key], peak_memory_mib=peak_mib + mib)

@@ -57,6 +57,10 @@ def search(
     max_latency_ms: Annotated[
         float | None, typer.Option(min=0, help="Slower candidates are not promoted.", rich_help_panel=_SPACE)
     ] = None,
+    max_memory_mib: Annotated[
+        float | None,
+        typer.Option(min=0, help="Candidates that need more memory are not promoted.", rich_help_panel=_SPACE),
+    ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Proposals.", rich_help_panel=_BUDGET)] = None,
     max_minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop proposing after so many minutes.", rich_help_panel=_BUDGET)
@@ -110,7 +114,7 @@ def search(
             "dtype": dtype,
             "batch_size": batch_size,
             "space": {"methods": method or None, "locations": _locations(at), "min_keep_ratio": min_keep_ratio},
-            "constraints": {"max_latency_ms": max_latency_ms},
+            "constraints": {"max_latency_ms": max_latency_ms, "max_memory_mib": max_memory_mib},
             "budget": {
                 "trials": trials,
                 "max_minutes": max_minutes,

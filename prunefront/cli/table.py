@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +24,7 @@ from prunefront.cli.options import (
     model_spec,
     weights_file,
 )
-from prunefront.cli.output import note, print_fields, print_json, print_table, progress_bar
+from prunefront.cli.output import JobFailedError, note, print_fields, print_json, print_table, progress_bar
 from prunefront.config import Runtime
 from prunefront.errors import ConfigError
 
@@ -52,6 +53,10 @@ def build(
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
     out: Annotated[Path | None, typer.Option(help="File to write; named after model and device when left out.")] = None,
+    push_url: Annotated[
+        str | None,
+        typer.Option("--push", metavar="URL", help="Also store it in the service at this address, for its searches."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's blocks at many token counts and write the table.
@@ -59,11 +64,17 @@ def build(
     An interrupted build goes on where it was: what is finished stays in a file beside the table until that is written.
 
     Example: prunefront table build deit_small_patch16_224 --batch-size 8
+
+    Example: prunefront table build deit_small_patch16_224 --device cuda --push http://192.168.0.10:8000
     """
     from latency_tables.build import build_table
     from latency_tables.schema import save_table
+    from prunefront.cli.connection import connect
     from prunefront.files import require_writable
 
+    if push_url is not None:
+        with connect(push_url):
+            pass  # what is no address is refused before anything is measured
     target = out or Path(f"{model}-{device.replace(':', '')}-{runtime}-{dtype}-b{batch_size}.table.json")
     partial = target.with_name(f"{target.name}.partial")
     require_writable(target)
@@ -80,8 +91,9 @@ def build(
     save_table(table, target)
     partial.unlink(missing_ok=True)
     note(f"Wrote {target}")
+    stored = None if push_url is None else _push_built(table, target, push_url)
     if as_json:
-        print_json(_head(table) | {"file": str(target)})
+        print_json(_head(table) | {"file": str(target), "stored": stored})
     else:
         _print_head(table)
 
@@ -130,7 +142,7 @@ def predict(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Predict the latency of configs, each beside its dense model.
+    """Predict the latency of configs, each beside its dense model, and their peak memory.
 
     Nothing is run, unless each image keeps counts of its own (SPViT, not in mode "fixed"): then --dataset and the
     trained weights in --checkpoint give the mean, p50 and p95 over batches of real images. Without them such a latency
@@ -176,13 +188,14 @@ def predict(
                 "distribution": None if distribution is None else asdict(distribution),
                 "dense_predicted_ms": dense_ms,
                 "predicted_speedup": dense_ms / predicted_ms,
+                "predicted_memory_mib": predicted.peak_memory_mib,
             }
         )
     if as_json:
         print_json(rows)
         return
     print_table(
-        ["config", "predicted ms", "p50", "p95", "dense ms", "speed-up"],
+        ["config", "predicted ms", "p50", "p95", "dense ms", "speed-up", "peak MiB"],
         [
             (
                 row["config"],
@@ -190,6 +203,7 @@ def predict(
                 *(row["distribution"] and f"{row['distribution'][name]:.3f}" for name in ("p50_ms", "p95_ms")),
                 f"{row['dense_predicted_ms']:.3f}",
                 f"{row['predicted_speedup']:.2f} ×",
+                None if row["predicted_memory_mib"] is None else f"{row['predicted_memory_mib']:.1f}",
             )
             for row in rows
         ],
@@ -296,15 +310,9 @@ def push(file: TableFile, url: Url = None, as_json: AsJson = False) -> None:
 
     Example: prunefront table push digit.table.json --url http://127.0.0.1:8000
     """
-    from prunefront.cli.connection import connect
-
-    document = _load(file).model_dump(mode="json")
-    with connect(url) as client:
-        stored = client.push_table(document)
+    stored = _push(_load(file), url)
     if as_json:
         print_json(stored)
-    else:
-        note(f"Stored table {stored['id']}; the next search with its device, runtime, dtype and batch size uses it.")
 
 
 @app.command("plot")
@@ -322,6 +330,25 @@ def plot(
     target = out or file.with_suffix(".png")
     plot_table(load_table(file), target)
     note(f"Wrote {target}")
+
+
+def _push(table: LatencyTable, url: str | None) -> dict[str, Any]:
+    from prunefront.cli.connection import connect
+
+    with connect(url) as client:
+        stored = client.push_table(table.model_dump(mode="json"))
+    note(f"Stored table {stored['id']}; the next search with its device, runtime, dtype and batch size uses it.")
+    return stored
+
+
+def _push_built(table: LatencyTable, file: Path, url: str) -> dict[str, Any]:
+    from prunefront.client import ClientError
+
+    try:
+        return _push(table, url)
+    except ClientError as error:
+        command = f"prunefront table push {shlex.quote(str(file))} --url {shlex.quote(url)}"
+        raise JobFailedError(f"{error} The table is safe in {file}; `{command}` stores it.") from error
 
 
 def _load(file: Path) -> LatencyTable:
@@ -368,6 +395,7 @@ def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:
         ("bias", f"{report.bias:+.2%}"),
         ("within 5 %", f"{report.within_5_percent:.0%}"),
         ("within 10 %", f"{report.within_10_percent:.0%}"),
+        ("error of peak memory", None if report.memory_mape is None else f"{report.memory_mape:.2%}"),
         ("rank agreement", None if report.kendall_tau is None else f"{report.kendall_tau:.3f} (Kendall's tau)"),
         ("dense", f"{report.dense_ms:.3f} ms measured, {report.dense_predicted_ms:.3f} ms predicted"),
         ("noise", f"{report.noise:.2%} of the median; {report.num_noisy} schedules stayed noisy"),

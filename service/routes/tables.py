@@ -89,7 +89,7 @@ def delete_table(table_id: TableId, store: StoreDep) -> None:
     store.delete_table(table_id)
 
 
-@router.post("/{table_id}/predict", summary="Look up the latency of a config")
+@router.post("/{table_id}/predict", summary="Look up the latency and peak memory of a config")
 def predict(table_id: TableId, body: PredictRequest, store: StoreDep) -> Prediction:
     """Predicted, not measured: the error a table may claim is in its `validation`."""
     record = store.get_table(table_id)
@@ -101,6 +101,7 @@ def predict(table_id: TableId, body: PredictRequest, store: StoreDep) -> Predict
         dtype=record.dtype,
         batch_size=record.batch_size,
         predicted_ms=predicted.latency_ms,
+        predicted_memory_mib=predicted.peak_memory_mib,
         is_nominal=predicted.is_nominal,
     )
 

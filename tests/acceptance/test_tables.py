@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from pathlib import Path
+
 import httpx
+import pytest
 
 from latency_tables.csv_import import export_csv
 from latency_tables.predict import predict_latency_ms
+from latency_tables.schema import LatencyTable, WeightMemory, load_table
+from prunefront.cli.app import run
 from tests.acceptance.conftest import Server
 from tests.acceptance.seeding import SCHEDULES, config_of, latency_table
 
+BUILD = ["table", "build", "digit_vit_patch6_48"]
 CSV = {"Content-Type": "text/csv"}
 
 
@@ -22,6 +30,49 @@ def test_table_is_imported_listed_and_fetched(server: Server, http: httpx.Client
     assert http.get(f"/latency-tables/{table_id}").json()["document"] == document
     assert http.delete(f"/latency-tables/{table_id}").status_code == 204
     assert http.get(f"/latency-tables/{table_id}").status_code == 404
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> LatencyTable:
+    """What `table build` measures."""
+    table = latency_table().evolve(name="built elsewhere")
+    monkeypatch.setattr("latency_tables.build.build_table", lambda *model, **place: table)
+    return table
+
+
+def test_a_built_table_is_kept_and_pushed(
+    server: Server, http: httpx.Client, built: LatencyTable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "built.json"
+    assert run([*BUILD, "--push", server.url, "--out", str(file), "--json"]) == 0
+    stored = json.loads(capfd.readouterr().out)["stored"]
+    assert stored["source"] == "push"
+    document = http.get(f"/latency-tables/{stored['id']}").json()["document"]
+    assert load_table(file) == load_table(document) == built
+    http.delete(f"/latency-tables/{stored['id']}")
+
+
+def test_a_table_that_could_not_be_pushed_is_kept_and_pushed_later(
+    server: Server, http: httpx.Client, built: LatencyTable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my tables" / "built.json"
+    assert run([*BUILD, "--push", "http://127.0.0.1:1", "--out", str(file)]) == 1
+    told = capfd.readouterr().err
+    assert load_table(file) == built
+    command = shlex.split(told.partition("`prunefront table push ")[2].partition("`")[0])
+    assert command == [str(file), "--url", "http://127.0.0.1:1"]
+    assert run(["table", "push", command[0], "--url", server.url, "--json"]) == 0
+    table_id = json.loads(capfd.readouterr().out)["id"]
+    assert load_table(http.get(f"/latency-tables/{table_id}").json()["document"]) == built
+    http.delete(f"/latency-tables/{table_id}")
+
+
+def test_a_push_to_what_is_no_address_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latency_tables.build.build_table", lambda *model, **place: pytest.fail("it was measured"))
+    assert run([*BUILD, "--push", "localhost", "--out", str(tmp_path / "built.json")]) == 2
+    assert "Expected the address of a service" in capfd.readouterr().err
 
 
 def test_csv_of_a_device_without_python_becomes_a_table(http: httpx.Client) -> None:
@@ -64,6 +115,18 @@ def test_prediction_is_that_of_the_library(server: Server, http: httpx.Client) -
     assert answer.status_code == 200, answer.text
     assert answer.json()["predicted_ms"] == predict_latency_ms(latency_table(), config)
     assert answer.json()["is_nominal"] is False
+    assert answer.json()["predicted_memory_mib"] is None  # the table of a device that does not tell it
+
+
+def test_memory_is_predicted_where_a_table_tells_it(http: httpx.Client) -> None:
+    table = latency_table()
+    entries = [entry.model_copy(update={"peak_memory_mib": 0.5 * entry.tokens_in}) for entry in table.entries]
+    telling = table.evolve(entries=entries, weights=WeightMemory(block_mib=2.0, rest_mib=1.0))
+    table_id = http.post("/latency-tables", json=telling.model_dump(mode="json")).json()["id"]
+    answer = http.post(f"/latency-tables/{table_id}/predict", json={"config": config_of(SCHEDULES[0]).to_dict()})
+    # Six blocks, and 0.5 MiB for each of the 65 tokens of the demo model.
+    assert answer.json()["predicted_memory_mib"] == 6 * 2.0 + 1.0 + 32.5
+    http.delete(f"/latency-tables/{table_id}")
 
 
 def test_prediction_for_other_blocks_is_refused(server: Server, http: httpx.Client) -> None:

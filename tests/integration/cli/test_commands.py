@@ -282,6 +282,7 @@ def test_a_table_is_built_shown_used_and_drawn(
     assert built["num_entries"] == len(result(capfd, "table", "show", str(table))["entries"])
     (predicted,) = result(capfd, "table", "predict", str(table), str(tiny_config))
     assert 0 < predicted["predicted_ms"] < 10 * predicted["dense_predicted_ms"]
+    assert predicted["predicted_memory_mib"] > 0.3  # 95 thousand parameters of four bytes
     assert result(capfd, "table", "validate", str(table), "--schedules", "2", "--write")["num_schedules"] == 2
     assert run(["table", "plot", str(table), "--out", str(tmp_path / "table.png")]) == 0
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")

@@ -175,6 +175,44 @@ def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: Laten
     assert plot_table(validated, tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_memory_is_told_without_weights_and_compared_with_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latency_tables.build.peak_memory_mib", lambda run, device, runtime: 3.0)
+    monkeypatch.setattr("latency_tables.measure.peak_memory_mib", lambda run, device, model, runtime: 8.0)
+    table = build()
+    mib, width, mlp_width = 2**20, 48, 4 * 48
+    norms = 2 * 2 * width
+    block = norms + (width + 1) * 3 * width + (width + 1) * width + (width + 1) * mlp_width + (mlp_width + 1) * width
+    # Patch embedding, class token, 17 positions, final norm, classifier.
+    rest = (3 * 8 * 8 + 1) * width + width + 17 * width + 2 * width + (width + 1) * 1000
+    assert table.weights is not None
+    assert table.weights.block_mib == pytest.approx(4 * block / mib)
+    assert table.weights.rest_mib == pytest.approx(4 * rest / mib)
+    tokens_mib = 2 * 17 * width * 4 / mib
+    # Chains make their input themselves, a block that reduces and the head are given it.
+    by_key = {entry.key: entry.peak_memory_mib for entry in table.entries}
+    assert by_key["attention", 17, 17] == by_key["mlp", 17, 17] == by_key["stem", 16, 17] == 3.0
+    assert by_key["head", 17, 1] == by_key["block.evit.prune", 17, 15] == pytest.approx(3.0 + tokens_mib)
+
+    report = validate_table(table, num_schedules=2, methods=["tome"], settings=ONCE, stopwatch=WorkStopwatch())
+
+    weights_mib = 4 * (3 * block + rest) / mib
+    for point in report.points:
+        assert point.measured_memory_mib == 8.0
+        assert point.predicted_memory_mib is not None
+        assert weights_mib + 3.0 <= point.predicted_memory_mib <= weights_mib + 3.0 + tokens_mib
+    errors = [1.0 - (point.predicted_memory_mib or 0.0) / 8.0 for point in report.points]
+    assert report.memory_mape == pytest.approx(sum(errors) / 2)
+
+
+def test_a_table_of_a_system_that_does_not_tell_memory_is_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("build", "measure"):
+        monkeypatch.setattr(f"latency_tables.{module}.peak_memory_mib", lambda *_, **__: None)
+    table = build()
+    assert {entry.peak_memory_mib for entry in table.entries} == {None}
+    report = validate_table(table, num_schedules=1, methods=["tome"], settings=ONCE, stopwatch=WorkStopwatch())
+    assert report.memory_mape is None
+
+
 @pytest.mark.parametrize("method", ["dynamicvit", "spvit", "trilevel"])
 def test_learned_methods_are_predicted_on_a_device_without_noise(table: LatencyTable, method: str) -> None:
     report = validate_table(table, num_schedules=6, seed=2, methods=[method], settings=ONCE, stopwatch=WorkStopwatch())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from latency_tables.schema import WeightMemory
 from prunefront.config import ModelSpec, PruneConfig
 from search.controller import Controller
 from search.pareto import build_front
+from service.routes.tables import save
+from store import Store
 from store.records import JobState
 from tests.integration.search.conftest import LEASE_S, run_to_end, search_body, submit
-from tests.integration.search.fake_engine import NUM_IMAGES, STUBBORN, TINY, FakeEngine
+from tests.integration.search.fake_engine import NUM_IMAGES, STUBBORN, TINY, FakeEngine, synthetic_table
 from tests.integration.search.test_interruption import measure_body
 from workers.payloads import TablePayload, parse_payload
 from workers.tasks import TaskFailure
@@ -84,6 +88,50 @@ def test_a_second_search_uses_the_table_of_the_first(store, settings):
     run_to_end(store, engine, settings, search_body())
     run_to_end(store, engine, settings, search_body(seed=1))
     assert engine.kinds().count("table") == 1
+
+
+def put_table(store: Store, *, tells_memory: bool) -> None:
+    """1 MiB a token in a block, 40 MiB where it fuses, and 3 MiB of weights in each of three blocks."""
+    table = synthetic_table(ModelSpec.model_validate(TINY), runtime="eager", dtype="fp32", batch_size=8)
+    if tells_memory:
+        mib = {"block.evit.fuse": 40.0}
+        entries = [e.model_copy(update={"peak_memory_mib": mib.get(e.entry, 1.0 * e.tokens_in)}) for e in table.entries]
+        table = table.evolve(entries=entries, weights=WeightMemory(block_mib=3.0, rest_mib=0.0))
+    save(table, store, "import")
+
+
+def memory_body(max_memory_mib: float) -> dict[str, Any]:
+    """One site each, which prunes or fuses."""
+    return search_body(
+        constraints={"max_memory_mib": max_memory_mib},
+        space={"methods": ["evit"], "locations": [1]},
+        budget={"trials": 16, "finetune_top": 0},
+    )
+
+
+def test_candidates_over_the_limit_of_memory_are_not_promoted(store, settings):
+    put_table(store, tells_memory=True)
+    job = run_to_end(store, FakeEngine(), settings, memory_body(30.0))
+    assert job.state is JobState.SUCCEEDED, job.failure
+    proposed = [c for c in store.list_candidates(job.id) if c.origin == "sampler"]
+    assert {c.config["sites"][0]["op"] for c in proposed} == {"prune", "fuse"}
+    assert {c.config["sites"][0]["op"] for c in proposed if c.measurements} == {"prune"}
+
+
+@pytest.mark.parametrize(
+    ("tells_memory", "limit_mib", "words"),
+    [
+        (False, 30.0, ["'synthetic'", "does not tell peak memory", "max_memory_mib"]),
+        (True, 25.0, ["max_memory_mib 25", "26.0 MiB", "batch size 8"]),  # 9 of weights, 17 tokens in the first block
+    ],
+)
+def test_a_limit_of_memory_that_cannot_be_kept_fails_before_any_task(store, settings, tells_memory, limit_mib, words):
+    put_table(store, tells_memory=tells_memory)
+    engine = FakeEngine()
+    job = run_to_end(store, engine, settings, memory_body(limit_mib))
+    assert job.state is JobState.FAILED
+    assert all(word in job.failure["message"] for word in words), job.failure
+    assert not engine.submitted
 
 
 def test_noisy_candidates_stay_off_the_front_and_the_job_says_so(store, settings):

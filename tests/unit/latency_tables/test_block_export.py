@@ -39,6 +39,7 @@ def test_parts_agree_with_the_model_and_their_csv_becomes_a_table(tmp_path: Path
         [
             "stem-36-36.onnx", "attention-18-18.onnx", "attention-36-36.onnx", "attention.sized-18-18.onnx",
             "mlp-18-18.onnx", "mlp-36-36.onnx", "head-9-1.onnx", "head-36-1.onnx", "block.tome.merge-36-27.onnx",
+            "block.dynamicvit.select-36-27.onnx", "block.spvit.select-36-28.onnx",
         ]
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "entries.csv"])

@@ -33,7 +33,9 @@ def test_one_point_stands_once() -> None:
         ({"format": "prunefront/latency-table/9"}, "rebuild the table, or upgrade"),
         ({"colour": "blue"}, "colour: no such field is known"),
         ({"batch_size": 0}, "batch_size: .*greater than or equal to 1"),
-        ({"entries": []}, "entries: .*at least 1"),
+        ({"entries": []}, "damaged.* entries: .*at least 1.* Copy it again, or rebuild the table."),
+        ({"entries": [{"entry": "stem", "tokens_in": 16, "tokens_out": 0, "median_ms": 1.0}]}, "tokens_out: .*1"),
+        ({"format": "prunefront/config/1"}, "format is 'prunefront/config/1'.*Check that it is the right file"),
         ({"dtype": "int8"}, "dtype: "),
     ],
 )

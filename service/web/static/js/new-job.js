@@ -7,7 +7,8 @@ const form = byId("job-form");
 const FIELD_OF = {
   "/model": "model", "/model/name": "model", "/model/checkpoint": "checkpoint", "/dataset": "dataset", "/device": "device",
   "/runtime": "runtime", "/dtype": "dtype", "/batch_size": "batch_size", "/budget/trials": "trials", "/name": "name",
-  "/constraints/max_latency_ms": "max_latency_ms", "/budget/finetune_top": "finetune_top", "/budget/max_minutes": "max_minutes",
+  "/constraints/max_latency_ms": "max_latency_ms", "/constraints/max_memory_mib": "max_memory_mib",
+  "/budget/finetune_top": "finetune_top", "/budget/max_minutes": "max_minutes",
 };
 
 const number = (name) => (form.elements[name].value === "" ? null : Number(form.elements[name].value));
@@ -31,7 +32,7 @@ function body() {
   if (job.kind === "search") {
     job.dataset = form.elements.dataset.value;
     job.space = { methods: [...form.querySelectorAll("[name=method]:checked")].map((box) => box.value) };
-    job.constraints = { max_latency_ms: number("max_latency_ms") };
+    job.constraints = { max_latency_ms: number("max_latency_ms"), max_memory_mib: number("max_memory_mib") };
     job.budget = { trials: number("trials"), finetune_top: number("finetune_top") ?? 0, max_minutes: number("max_minutes") };
   }
   return job;
