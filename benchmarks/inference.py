@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import prunefront
 from benchmarks.reference import Reference
 from latency_tables.device import describe_device, torch_device
-from latency_tables.measure import Measurement, MeasureSettings, measure_models
+from latency_tables.measure import Measurement, MeasureSettings, measure_models, weights_mib
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig, Site
 from prunefront.files import write_json_atomic
@@ -142,6 +142,10 @@ def measure(
         settings=MeasureSettings(target_s=seconds),
         progress=_show,
     )
+    for key, one in measured.items():
+        of = key.partition("@")[0]
+        if of in models and one.peak_memory_mib is not None:  # subjects are measured without their weights
+            measured[key] = replace(one, peak_memory_mib=one.peak_memory_mib + weights_mib(models[of]))
     return {
         "model": name,
         "dtype": dtype,
