@@ -70,7 +70,6 @@ from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import ModelGeometry, block_key, geometry_of, require_equal_blocks
 from prunefront.runtimes import (
     DTYPES,
-    RUNTIMES,
     SLOW_TO_PREPARE,
     Forward,
     cast_modules,
@@ -410,7 +409,7 @@ class _Build:
         x = self.tokens[:, :tokens].contiguous()
         with_mlp = attention == ATTENTION
         pairs = [
-            (self._part(AttentionHalf(block, self.frame, attention)), self._part(MlpHalf(block, self.frame)))
+            (self._ready(AttentionHalf(block, self.frame, attention)), self._ready(MlpHalf(block, self.frame)))
             for block in self._timed_blocks
         ]
         turns = itertools.cycle(pairs)
@@ -432,7 +431,7 @@ class _Build:
         return _Planned(subject=subject, entries=entries, input=x if count == 1 else None)
 
     def _stem(self) -> _Planned:
-        stem = self._part(Stem(self.model))
+        stem = self._ready(Stem(self.model))
 
         def subject(lap: Lap) -> None:
             stem(self.images)
@@ -443,7 +442,7 @@ class _Build:
         )
 
     def _head(self, tokens: int) -> _Planned:
-        head = self._part(Head(self.model))
+        head = self._ready(Head(self.model))
         x = self.tokens[:, :tokens].contiguous()
 
         def subject(lap: Lap) -> None:
@@ -458,7 +457,7 @@ class _Build:
         if steps is None:
             return None
         x = self.tokens[:, :tokens].contiguous()
-        parts = [self._part(ReducingBlock(block, kind, steps, self.frame)) for block in self._timed_blocks]
+        parts = [self._ready(ReducingBlock(block, kind, steps, self.frame)) for block in self._timed_blocks]
         turns = itertools.cycle(parts)
         count = min(len(parts), self.settings.reduction_blocks)
 
@@ -473,10 +472,6 @@ class _Build:
     def _timed_blocks(self) -> Sequence[Block]:
         """Blocks whose parts take turns; one where each takes seconds to prepare."""
         return self.blocks[:1] if self.runtime in SLOW_TO_PREPARE else self.blocks
-
-    def _part(self, module: nn.Module) -> Forward:
-        module.eval()
-        return RUNTIMES[self.runtime](module, self.device)
 
     # --- running --------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,14 @@ def fastest_attention(x: Tensor) -> Iterator[None]:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
+def _require_same(x: Tensor, shape: torch.Size, dtype: torch.dtype, made: str) -> None:
+    """Refuse images other than those that a forward was ``made`` for."""
+    if x.shape != shape or x.dtype != dtype:
+        raise ConfigError(
+            f"{made} for images {tuple(shape)} in {dtype}, but got {tuple(x.shape)} in {x.dtype}; prepare another one."
+        )
+
+
 class EagerForward:
     """A forward as torch runs it, with the fastest attention kernel."""
 
@@ -125,12 +133,7 @@ class CompiledForward:
             outputs = self._compile(x)
             self._compiled_for = x.shape, x.dtype
             return outputs
-        if self._compiled_for != (x.shape, x.dtype):
-            shape, dtype = self._compiled_for
-            raise ConfigError(
-                f"This model was compiled for images {tuple(shape)} in {dtype}, but got {tuple(x.shape)} in {x.dtype}; "
-                "prepare another one."
-            )
+        _require_same(x, *self._compiled_for, "This model was compiled")
         # torch would look at every weight of the model before each call, which is some percent of a small batch. There
         # is one graph, and the line above has checked what it depends on.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
@@ -178,12 +181,8 @@ class GraphedForward:
         """Logits of ``x``; the tensor is overwritten by the next call."""
         if self._graph is None or self._images is None:
             self._record(x)
-        elif x.shape != self._images.shape or x.dtype != self._images.dtype:
-            raise ConfigError(
-                f"This CUDA graph was recorded for images {tuple(self._images.shape)} in {self._images.dtype}, but got "
-                f"{tuple(x.shape)} in {x.dtype}; prepare another one."
-            )
         assert self._graph is not None and self._images is not None
+        _require_same(x, self._images.shape, self._images.dtype, "This CUDA graph was recorded")
         self._images.copy_(x)
         self._graph.replay()
         return self._output
@@ -222,11 +221,7 @@ class OnnxForward:
         """Outputs for ``x``; the tensor is overwritten by the next call."""
         if self._session is None:
             self._prepare(x)
-        elif x.shape != self._input.shape or x.dtype != self._input.dtype:
-            raise ConfigError(
-                f"This ONNX session was made for images {tuple(self._input.shape)} in {self._input.dtype}, but got "
-                f"{tuple(x.shape)} in {x.dtype}; prepare another one."
-            )
+        _require_same(x, self._input.shape, self._input.dtype, "This ONNX session was made")
         self._input = x.contiguous()  # held until the next call, as a GPU may read it later
         self._bind(self._binding.bind_input, "images", self._input)
         if self._stream is None:
