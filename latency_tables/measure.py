@@ -186,6 +186,7 @@ class LapSamples:
     """Drift-cancelled samples of one subject, by lap name, and how the run around them went."""
 
     laps: dict[str, tuple[float, ...]]  # Milliseconds, one value per run; laps of one name within a run are averaged.
+    totals: tuple[float, ...] = ()  # Of all laps together, one value per run.
     canary_ms: float
     canary_drift: float  # Range of the machine's slowness while it ran: 0.5 where it was once half as fast again.
     foreign_cpu: float | None  # Share of the machine that other processes used meanwhile; None where unknown.
@@ -244,11 +245,13 @@ def interleave(
 
     slowness = _slowness([key for key, _, _ in taken], [total_ms for _, _, total_ms in taken])
     samples: dict[str, dict[str, list[float]]] = {key: {} for key in subjects}
+    totals: dict[str, list[float]] = {key: [] for key in subjects}
     canary_ms = []
     for (taken_key, means, total_ms), factor in zip(taken, slowness, strict=True):
         if taken_key is None:
             canary_ms.append(total_ms / factor)
             continue
+        totals[taken_key].append(total_ms / factor)
         for name, ms in means.items():
             samples[taken_key].setdefault(name, []).append(ms / factor)
     drift = max(slowness) - min(slowness)
@@ -256,6 +259,7 @@ def interleave(
     return {
         key: LapSamples(
             laps={name: tuple(values) for name, values in by_name.items()},
+            totals=tuple(totals[key]),
             canary_ms=statistics.median(canary_ms),
             canary_drift=drift,
             foreign_cpu=foreign,
@@ -308,12 +312,20 @@ def summarise(
     peak_memory_mib: float | None = None,
     negligible_ms: float = 0.0,
 ) -> Measurement:
-    """Median, spread and percentiles of the samples, and whether they are too noisy to be used.
+    """Median, spread and percentiles of one lap's samples, and whether they are too noisy to be used.
+
+    Where a subject has several laps, the mean over the middle half of its runs, by their totals, stands for the median:
+    laps then add up to what the whole takes. Medians do not, as each leaves out the disturbances of its own runs, and
+    some part of a whole model is disturbed in every run.
 
     Args:
         negligible_ms: A spread that does not matter however large it is beside the median.
     """
     p10, q1, median, q3, p90, p99 = (float(q) for q in np.percentile(samples, (10, 25, 50, 75, 90, 99)))
+    if len(run.laps) > 1:
+        ranked = sorted(range(len(samples)), key=run.totals.__getitem__)
+        outer = len(ranked) // 4
+        median = statistics.fmean(samples[at] for at in ranked[outer : len(ranked) - outer])
     reasons = []
     if q3 - q1 > max(settings.max_relative_iqr * median, negligible_ms):
         reasons.append(
