@@ -19,6 +19,7 @@ from benchmarks.records import add_output_options, record_for
 from latency_tables.build import build_table
 from latency_tables.device import describe_device
 from latency_tables.schema import DeviceInfo, LatencyTable, ValidationReport, save_table
+from latency_tables.shipped import file_to_ship
 from latency_tables.validate import validate_table
 from prunefront.config import ModelSpec
 
@@ -37,7 +38,11 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--schedules", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table-out", help="also write the validated table to this file")
+    parser.add_argument(
+        "--ship",
+        action="store_true",
+        help="also write the validated table to latency_tables/data, in its machine's folder",
+    )
     add_output_options(parser)
     arguments = parser.parse_args()
     device = describe_device(arguments.device)
@@ -59,8 +64,8 @@ def main() -> int:
     )
     validate_s = time.monotonic() - start - build_s
     run = record.add(run_of(table, report, build_s, validate_s, load))
-    if arguments.table_out:
-        save_table(table.evolve(validation=report), arguments.table_out)
+    if arguments.ship:
+        save_table(table.evolve(validation=report), file_to_ship(table))
     print(record.as_json() if arguments.json else summary(run, table.device))
     return 0 if run["claim_holds"] else 1
 

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).with_name("results")
 # Of a device, what may change from run to run.
 _OF_A_RUN = ("versions", "os", "driver")
 # Options that say where results go, and how many values follow: no part of the command that repeats a run.
-_OUTPUT_OPTIONS = {"--json": 0, "--save": 0, "--out": 1}
+_OUTPUT_OPTIONS = {"--json": 0, "--save": 0, "--out": 1, "--ship": 0}
 
 
 class Record:

@@ -92,6 +92,12 @@ def describe_device(device: str = "cpu") -> DeviceInfo:
     )
 
 
+def local_devices() -> dict[str, DeviceInfo]:
+    """What this machine can measure on, by the name that `torch_device` takes."""
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return {name: describe_device(name) for name in names}
+
+
 def torch_device(device: str) -> torch.device:
     """Parse a device name and make sure this machine has it.
 
