@@ -430,8 +430,27 @@ def _quieter(known: Measurement, new: Measurement) -> Measurement:
     return known if known.iqr_ms * new.median_ms <= new.iqr_ms * known.median_ms else new
 
 
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model behind a runtime already, for what `measure_models` does not prepare itself."""
+
+    forward: Forward
+    module: nn.Module  # What runs, in its dtype: its weights count in the peak memory.
+    runtime: str
+
+
+def prepared_model(module: nn.Module, runtime: str, dtype: str, device: torch.device) -> PreparedModel:
+    """A module behind a runtime as `prunefront.runtimes.prepare` gives it, and what its memory is told with.
+
+    Raises:
+        PrunefrontError: As `prepare` does.
+    """
+    (cast_module,) = cast_modules([module], DTYPES[dtype], device)
+    return PreparedModel(prepare(cast_module, runtime, dtype, device), cast_module, runtime)
+
+
 def measure_models(
-    models: Mapping[str, nn.Module | Forward],
+    models: Mapping[str, nn.Module | PreparedModel | Forward],
     example_inputs: Tensor | Sequence[Tensor],
     *,
     device: str,
@@ -450,7 +469,8 @@ def measure_models(
     returned with state ``noisy`` and the reason.
 
     Args:
-        models: Models by key. Modules are prepared (`prunefront.runtimes.prepare`); other callables must be ready.
+        models: Models by key. Modules are prepared (`prunefront.runtimes.prepare`) for ``runtime``; other callables
+            must be ready, and have no weights that peak memory could count.
         example_inputs: One batch of images, shape (B, C, H, W), or several of one shape that take turns (methods that
             look at the image are as fast as the images let them be). Cast to device and dtype.
         canary: Key of the model that cancels drift and that speed-ups refer to, normally the dense one.
@@ -474,7 +494,7 @@ def measure_models(
         inputs = [batch.to(device=target, dtype=DTYPES[dtype]) for batch in batches]
         # Every warm-up, and so every compilation, is over before the first sample is taken.
         modules = {key: model for key, model in models.items() if isinstance(model, nn.Module)}
-        ready = dict(zip(modules, cast_modules([*modules.values()], DTYPES[dtype], target), strict=True))
+        cast_models = dict(zip(modules, cast_modules([*modules.values()], DTYPES[dtype], target), strict=True))
         subjects: dict[str, Subject] = {}
         memory: dict[str, float | None] = {}
         rounds: dict[str, int] = {}
@@ -483,10 +503,15 @@ def measure_models(
                 raise MeasurementStoppedError(STOPPED)
             if progress is not None:
                 progress(0.5 * number / len(models), 1.0, f"warming up {key}")
-            forward = prepare(ready[key], runtime, dtype, target) if key in ready else cast(Forward, model)
+            ready = prepared_model(cast_models[key], runtime, dtype, target) if key in cast_models else model
+            forward = ready.forward if isinstance(ready, PreparedModel) else cast(Forward, ready)
             subjects[key] = whole_model(forward, inputs)
             sample_ms = warm_up(subjects[key], watch, settings)
-            memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key), runtime)
+            run = partial(forward, inputs[0])
+            if isinstance(ready, PreparedModel):
+                memory[key] = peak_memory_mib(run, target, ready.module, ready.runtime)
+            else:
+                memory[key] = peak_memory_mib(run, target)
             rounds[key] = rounds_for(sample_ms, settings)
 
         def second_half(done: float, total: float, message: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from latency_tables.device import DeviceInfo, describe_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from latency_tables.shipped import is_shipped, refuse_shipped, shipped_file
 from prunefront.config import Dtype, ModelSpec, PruneConfig, StrictModel, describe_validation_error
 from prunefront.config import Runtime as MeasuredRuntime
 from prunefront.files import write_json_atomic
@@ -177,7 +178,7 @@ class LatencyTable(StrictModel):
 
 
 def load_table(source: str | os.PathLike[str] | Mapping[str, Any] | IO[str] | IO[bytes]) -> LatencyTable:
-    """Read a table from a path, a dict or an open file.
+    """Read a table from a path, a dict or an open file, or a shipped one by its name (`latency_tables.shipped`).
 
     Raises:
         LatencyTableError: If it cannot be read, is not JSON, or is not a table; the sentence says which.
@@ -186,8 +187,9 @@ def load_table(source: str | os.PathLike[str] | Mapping[str, Any] | IO[str] | IO
         return parse_table(source, "latency table")
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
+        path = shipped_file(name) if is_shipped(name) else Path(name)
         try:
-            text: str | bytes = Path(source).read_bytes()
+            text: str | bytes = path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL
             reason = getattr(error, "strerror", None) or error
             raise LatencyTableError(f"Cannot read latency table {name}: {reason}. Check the path.") from error
@@ -241,6 +243,15 @@ def save_table(table: LatencyTable, path: str | os.PathLike[str]) -> Path:
     """Write the table as JSON, all or nothing.
 
     Raises:
+        LatencyTableError: If the path is the name of a shipped table.
         FileWriteError: If the file cannot be written; what stood there before is intact.
     """
-    return write_json_atomic(path, table.model_dump(mode="json"))
+    refuse_shipped(path)
+    document = table.model_dump(mode="json")
+    if table.validation is not None:
+        # Configs without what they leave to defaults: a third of the file of a validated table.
+        document["validation"]["points"] = [
+            written | {"config": point.config.model_dump(mode="json", exclude_defaults=True)}
+            for written, point in zip(document["validation"]["points"], table.validation.points, strict=True)
+        ]
+    return write_json_atomic(path, document)
