@@ -390,10 +390,14 @@ class _Build:
             for config in (*(config for config, _, _ in group.whole_models), *group.unfit_models)
         }
         predictor = Predictor(table)
+
+        def cost(config: PruneConfig) -> float:
+            """Without the correction: a build that goes on draws what it drew before there was one."""
+            return sum(predictor.predict(plan_schedule(config, self.geometry)).part_sums.values())
+
         try:
             drawn = random_configs(
-                self.spec, self.geometry, self.settings.num_whole_models, CORRECTION_SEED,
-                cost=lambda config: predictor.predict(plan_schedule(config, self.geometry)).latency_ms,
+                self.spec, self.geometry, self.settings.num_whole_models, CORRECTION_SEED, cost=cost
             )  # fmt: skip
         except ExceedsMemoryError as error:
             logger.warning("The table goes without a correction: %s", error, extra={"action": "build_table"})
