@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from latency_tables.correction import WholeModel, fit_correction
 from latency_tables.device import DeviceInfo, describe_device, torch_device
 from latency_tables.errors import ExceedsMemoryError, LatencyTableError, MeasurementStoppedError
-from latency_tables.interpolation import interpolate
+from latency_tables.interpolation import Curve, interpolate
 from latency_tables.measure import (
     MIB,
     STOPPED,
@@ -65,6 +65,7 @@ from latency_tables.parts import (
     measured_kinds,
 )
 from latency_tables.predict import Predictor
+from latency_tables.probe import IDLE, Probe, Stage, timed_by, without_mlp
 from latency_tables.schedules import random_configs
 from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime, WeightMemory
 from prunefront.compress import compress, create_dense
@@ -85,6 +86,7 @@ logger = logging.getLogger(__name__)
 
 # No seed of a validation (below 2**32) draws these schedules.
 CORRECTION_SEED = 2**32 + 1
+PROBE = "all parts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,19 @@ def _counts(shares: Sequence[float], geometry: ModelGeometry, *, least_patches: 
 def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     """Dense where the device has steps (GPUs: tiles of 16 tokens), sparse and adaptive elsewhere.
 
-    Every entry of ``compile`` and ``onnxruntime`` costs seconds of preparation, so there few points are taken: latency
-    is smooth in tokens, and the correction on whole models takes out what is common to all entries.
+    ``compile`` times one point per reduction, as each lengthens the compilation of the probe by seconds, and its whole
+    model is the dense one. Every entry of ``onnxruntime`` is exported by itself, which takes as long.
     """
+    if runtime == "compile":
+        return BuildSettings(
+            token_shares=(0.0, 0.25, 0.5, 0.75, 1.0),
+            sized_shares=(1.0,),
+            max_token_counts=5,
+            reduction_tokens=(1.0,),
+            reduction_removed=(0.3,),
+            num_whole_models=0,
+            blocks=MeasureSettings(warmup_rounds=2, min_rounds=6, max_rounds=60, target_s=10.0),
+        )
     if runtime in SLOW_TO_PREPARE:
         return BuildSettings(
             token_shares=(0.0, 0.25, 0.5, 1.0),
@@ -306,14 +318,16 @@ class _Build:
         self._report("blocks", 0.0, f"warming up {self.spec.name}")
         self.partial = PartialFile(partial_path, self._header())
         self.done = {entry.key for group in self.partial.groups for entry in group.entries}
-        self.canary = whole_model(self._ready(self.model), [self.images])
-        warm_up(self.canary, self.stopwatch, MeasureSettings())
         # Tokens as the stem makes them: realistic values, without denormal numbers.
         self.tokens: Tensor = Stem(self.model)(self.images)
-        self._measure_blocks()
-        self._measure_reductions()
-        table = self._table()
-        self._measure_whole_models(table)
+        if self.runtime == "compile":
+            self._measure_probe()
+        else:
+            self.canary = whole_model(self._ready(self.model), [self.images])
+            warm_up(self.canary, self.stopwatch, MeasureSettings())
+            self._measure_blocks()
+            self._measure_reductions()
+            self._measure_whole_models(self._table())
         table = self._table()
         unfit = table.unfit_entries
         if unfit:
@@ -372,7 +386,7 @@ class _Build:
 
     def _measure_reductions(self) -> None:
         settings = self.settings
-        kinds = measured_kinds(self.geometry)
+        kinds = measured_kinds(self.geometry, composed=self.runtime not in SLOW_TO_PREPARE)
         rows = settings.reduction_token_counts(self.geometry)
         for number, tokens in enumerate(rows):
             planned: dict[tuple[str, int, int], _Planned] = {}
@@ -382,6 +396,108 @@ class _Build:
                     planned[next(iter(one.entries.values()))] = one
             start, end = number / len(rows), (number + 1) / len(rows)
             self._group("reductions", list(planned.values()), settings.reductions, start, end)
+
+    def _measure_probe(self) -> None:
+        """All parts and the dense model as one compiled graph (`probe`)."""
+        stages, entries, memory, unfit = self._probe_stages()
+        if not {key for key, _ in entries.values()} - self.done:
+            return
+        started = time.monotonic()
+        probe = Probe(self.model, (STEM, Stem(self.model)), stages)
+        forward = self._ready(probe)
+        self._report("blocks", 0.0, f"compiling the {len(entries)} parts as one graph: a minute or two")
+
+        def subject(lap: Lap) -> None:
+            with timed_by(lap, probe.lap_names):
+                forward(self.images)
+
+        settings = self.settings.blocks
+        rounds = {PROBE: rounds_for(warm_up(subject, self.stopwatch, settings), settings)}
+        dense_ms = dict(self.stopwatch.sample(subject))[WHOLE]
+        measured = measure_subjects(
+            {PROBE: subject}, canary=subject, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
+            negligible_ms=0.02 * dense_ms / self.geometry.depth, should_stop=self._should_stop,
+            progress=lambda done, total, message: self._report("whole models", done / total, f"measuring {message}"),
+        )[PROBE]  # fmt: skip
+        idle_ms = measured[IDLE].median_ms
+        laps = {name: one.less(idle_ms) for name, one in measured.items()}
+        mlp = Curve({tokens: laps[name].median_ms for name, ((entry, tokens, _), _) in entries.items() if entry == MLP})
+        dense = laps[WHOLE]
+        self.partial.append(
+            FinishedGroup(
+                canary_ms=dense.median_ms,
+                entries=tuple(
+                    _entry(key, laps[name].less(-mlp(key[2])) if lacks_mlp else laps[name], memory[name])
+                    for name, (key, lacks_mlp) in entries.items()
+                )
+                + tuple(self._unfit_entry(key) for key in unfit),
+                whole_models=((PruneConfig(model=self.spec, method="hybrid"), dense.median_ms, dense.iqr_ms),),
+                seconds=time.monotonic() - started,
+            )
+        )
+
+    def _probe_stages(
+        self,
+    ) -> tuple[
+        list[Stage], dict[str, tuple[tuple[str, int, int], bool]], dict[str, float | None], list[tuple[str, int, int]]
+    ]:
+        """Stages of the probe; by lap the entry it becomes and whether that has an MLP more; memory by lap.
+
+        Entries of what runs out of memory, run eagerly, are last: they are no stages.
+        """
+        geometry, settings = self.geometry, self.settings
+        blocks = itertools.cycle(self.blocks)
+        stages: list[Stage] = []
+        entries = {STEM: ((STEM, geometry.num_patch_tokens, geometry.num_tokens), False)}
+        memory = {STEM: self._peak_mib(Stem(self.model), self.images)}
+        unfit: list[tuple[str, int, int]] = []
+
+        def add(tokens: int, *parts: tuple[tuple[str, int, int], nn.Module], whole: nn.Module | None = None) -> None:
+            x = self.tokens[:, :tokens].contiguous()
+            modules = [whole] if whole else [part for _, part in parts]
+            # Of both halves, that of a block.
+            figures = if_it_fits(lambda: [self._peak_mib(part, x) for part in modules], self.device)
+            if figures is None:
+                unfit.extend(key for key, _ in parts)
+                return
+            names = [f"{entry} {tokens_in} -> {tokens_out}" for (entry, tokens_in, tokens_out), _ in parts]
+            stages.append(
+                Stage(tokens=tokens, parts=tuple((name, part) for name, (_, part) in zip(names, parts, strict=True)))
+            )
+            most = None if None in figures else max(cast(list[float], figures)) + x.nbytes / MIB
+            entries.update({name: (key, whole is not None) for name, (key, _) in zip(names, parts, strict=True)})
+            memory.update(dict.fromkeys(names, most))
+
+        for count in reversed(settings.token_counts(geometry)):
+            block = next(blocks)
+            add(
+                count,
+                ((ATTENTION, count, count), AttentionHalf(block, self.frame)),
+                ((MLP, count, count), MlpHalf(block, self.frame)),
+            )
+        if not stages:
+            raise LatencyTableError("Every part of the model ran out of memory. Choose a smaller batch size.")
+        for attention in biased_attentions(geometry):
+            for count in settings.sized_token_counts(geometry):
+                add(count, ((attention, count, count), AttentionHalf(next(blocks), self.frame, attention)))
+        for tokens, removed in itertools.product(settings.reduction_token_counts(geometry), settings.reduction_removed):
+            for kind in measured_kinds(geometry, composed=False):
+                steps = kind.steps(tokens, removed, geometry.num_prefix_tokens)
+                if steps is None:
+                    continue
+                block = next(blocks)
+                key = (kind.entry, tokens, steps[-1].tokens_out)
+                part = ReducingBlock(cast(Block, without_mlp(block)), kind, steps, self.frame)
+                add(tokens, (key, part), whole=ReducingBlock(block, kind, steps, self.frame))
+        for count in settings.head_token_counts(geometry):
+            add(count, ((HEAD, count, 1), Head(self.model)))
+        return stages, entries, memory, unfit
+
+    def _peak_mib(self, part: nn.Module, x: Tensor) -> float | None:
+        """Of a part run eagerly: a compiled one needs about as much, and compiling each by itself takes minutes."""
+        forward = prepare(part, "eager", self.dtype, self.device)
+        forward(x)
+        return peak_memory_mib(partial(forward, x), self.device)
 
     def _measure_whole_models(self, table: LatencyTable) -> None:
         finished = {
@@ -566,15 +682,18 @@ class _Build:
                 for lap, entry in todo[key].entries.items()
                 if entry not in self.done
             ]
-            reason = f"ran out of memory at batch size {self.batch_size} in {self.dtype} on {self.info.name}"
             entries += [
-                LatencyEntry.unfit(entry, reason)
+                self._unfit_entry(entry)
                 for key in run.unfit
                 for entry in todo[key].entries.values()
                 if entry not in self.done
             ]
             self.partial.append(FinishedGroup(canary_ms=run.canary_ms, entries=tuple(entries), seconds=run.seconds))
             self.done |= {entry.key for entry in entries}
+
+    def _unfit_entry(self, key: tuple[str, int, int]) -> LatencyEntry:
+        reason = f"ran out of memory at batch size {self.batch_size} in {self.dtype} on {self.info.name}"
+        return LatencyEntry.unfit(key, reason)
 
     def _runs(
         self, stage: str, makers: Mapping[str, Callable[[], _Part]], settings: MeasureSettings, start: float, end: float

@@ -20,7 +20,8 @@ class Curve:
 class Surface:
     """A value by tokens entering and leaving: rows at measured ``tokens_in``, within a row by the share removed.
 
-    Shares, unlike counts, mean the same in every row. Beyond the outermost share or row the nearest one is taken.
+    Shares, unlike counts, mean the same in every row. Beyond the outermost share or row the nearest one is taken; a
+    single row is scaled in proportion to the tokens entering.
     """
 
     def __init__(self, points: Mapping[tuple[int, int], float]) -> None:
@@ -34,6 +35,8 @@ class Surface:
 
     def __call__(self, tokens_in: int, tokens_out: int) -> float:
         share = share_removed(tokens_in, tokens_out)
+        if len(self._rows) == 1:
+            return interpolate(*self._rows[0], share) * (tokens_in / self._tokens_in[0])
         above = bisect_left(self._tokens_in, tokens_in)
         if above < len(self._tokens_in) and self._tokens_in[above] == tokens_in:
             return interpolate(*self._rows[above], share)

@@ -41,7 +41,8 @@ STOPPED = "Measuring was stopped on request; start again to go on."
 WHOLE = "forward"  # Name of the only lap of a whole model.
 # Standard error of a median of n normal samples is 1.2533 sigma / sqrt(n), and sigma is IQR / 1.349.
 MEDIAN_ERROR_PER_IQR = 1.2533 / 1.349
-CANARY_WINDOW = 5  # Canary samples whose median says how fast the machine is at a moment.
+# Samples on either side whose median says how fast the machine is at a moment, and passes of estimating that.
+NEIGHBOURS, DRIFT_PASSES = 4, 5
 LEAST_OBSERVED_S = 0.5  # CPU time of the machine that says how busy it is: the kernel counts in hundredths of a second
 MIB = 2**20
 
@@ -67,6 +68,11 @@ class Measurement:
         factor = canary_ms / self.canary_ms
         names = ("median_ms", "iqr_ms", "p10_ms", "p90_ms", "p99_ms")
         return dataclasses.replace(self, canary_ms=canary_ms, **{name: getattr(self, name) * factor for name in names})
+
+    def less(self, ms: float) -> Measurement:
+        """The same measurement with so much taken off every time, none below zero."""
+        names = ("median_ms", "p10_ms", "p90_ms", "p99_ms")
+        return dataclasses.replace(self, **{name: max(0.0, getattr(self, name) - ms) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +187,7 @@ class LapSamples:
 
     laps: dict[str, tuple[float, ...]]  # Milliseconds, one value per run; laps of one name within a run are averaged.
     canary_ms: float
-    canary_drift: float  # Range of the smoothed canary over its median.
+    canary_drift: float  # Range of the machine's slowness while it ran: 0.5 where it was once half as fast again.
     foreign_cpu: float | None  # Share of the machine that other processes used meanwhile; None where unknown.
 
 
@@ -198,8 +204,7 @@ def interleave(
 ) -> dict[str, LapSamples]:
     """Sample every subject round by round in random order, the canary between them, and cancel drift.
 
-    A sample is divided by how slow the canary was around it (running median) relative to the canary's median of the
-    whole run. Subjects are assumed to be warm.
+    A sample is divided by how slow the machine was around it (`_slowness`). Subjects are assumed to be warm.
 
     Args:
         rounds: Samples per subject; ``settings.min_rounds`` where it says nothing.
@@ -210,51 +215,81 @@ def interleave(
     left = {key: (rounds or {}).get(key, settings.min_rounds) for key in subjects}
     total = sum(left.values())
     order = random.Random(seed)
-    canary_at: list[int] = []
-    canary_ms: list[float] = []
-    taken: list[tuple[str, dict[str, float]]] = []
+    taken: list[tuple[str | None, dict[str, float], float]] = []  # Subject (None: the canary), laps, sum of them.
+    done = 0
     usage = _CpuUsage()
 
-    def time_canary() -> None:
-        canary_at.append(len(taken))
-        canary_ms.append(sum(ms for _, ms in stopwatch.sample(canary)))
+    def sample(key: str | None) -> float:
+        laps = stopwatch.sample(canary if key is None else subjects[key])
+        total_ms = sum(ms for _, ms in laps)
+        taken.append((key, _mean_by_name(laps), total_ms))
+        return total_ms
 
-    time_canary()
+    last_canary_ms = sample(None)
     since_canary_ms = 0.0
     while keys := [key for key, count in left.items() if count > 0]:
         order.shuffle(keys)
         for key in keys:
             if should_stop is not None and should_stop():
                 raise MeasurementStoppedError(STOPPED)
-            laps = stopwatch.sample(subjects[key])
-            taken.append((key, _mean_by_name(laps)))
+            since_canary_ms += sample(key)
             left[key] -= 1
-            since_canary_ms += sum(ms for _, ms in laps)
-            if since_canary_ms * settings.canary_share >= canary_ms[-1] * (1.0 - settings.canary_share):
-                time_canary()
+            done += 1
+            if since_canary_ms * settings.canary_share >= last_canary_ms * (1.0 - settings.canary_share):
+                last_canary_ms = sample(None)
                 since_canary_ms = 0.0
             if progress is not None:
-                progress(len(taken), total, key)
-    time_canary()
+                progress(done, total, key)
+    sample(None)
 
-    smooth = _running_median(canary_ms, CANARY_WINDOW)
-    reference = statistics.median(canary_ms)
-    slowness = np.interp([at + 0.5 for at in range(len(taken))], canary_at, smooth) / reference
+    slowness = _slowness([key for key, _, _ in taken], [total_ms for _, _, total_ms in taken])
     samples: dict[str, dict[str, list[float]]] = {key: {} for key in subjects}
-    for (key, means), factor in zip(taken, slowness, strict=True):
+    canary_ms = []
+    for (taken_key, means, total_ms), factor in zip(taken, slowness, strict=True):
+        if taken_key is None:
+            canary_ms.append(total_ms / factor)
+            continue
         for name, ms in means.items():
-            samples[key].setdefault(name, []).append(ms / float(factor))
-    drift = (max(smooth) - min(smooth)) / reference
+            samples[taken_key].setdefault(name, []).append(ms / factor)
+    drift = max(slowness) - min(slowness)
     foreign = usage.foreign_share()
     return {
         key: LapSamples(
             laps={name: tuple(values) for name, values in by_name.items()},
-            canary_ms=reference,
+            canary_ms=statistics.median(canary_ms),
             canary_drift=drift,
             foreign_cpu=foreign,
         )
         for key, by_name in samples.items()
     }
+
+
+def _slowness(keys: Sequence[str | None], times_ms: Sequence[float]) -> list[float]:
+    """How slow the machine was at every sample of a run, relative to its median; all subjects bear witness.
+
+    A sample that took longer than its subject does on the median says that the machine was slow; the neighbours of a
+    sample tell how slow, itself left out, or its own noise would vanish. Medians and slowness are estimated in turns.
+    The dense model alone is a coarse witness: on a large batch it runs every few seconds, and a core that shares its
+    hardware with others changes its speed as often.
+    """
+    logs = np.log(np.maximum(np.asarray(times_ms, dtype=float), 1e-9))
+    members: dict[str | None, list[int]] = {}
+    for at, key in enumerate(keys):
+        members.setdefault(key, []).append(at)
+    slow = np.zeros(len(logs))
+    for _ in range(DRIFT_PASSES):
+        surplus = logs.copy()
+        for places in members.values():
+            surplus[places] -= np.median((logs - slow)[places])
+        slow = np.array(
+            [
+                np.median(
+                    np.concatenate((surplus[max(0, at - NEIGHBOURS) : at], surplus[at + 1 : at + 1 + NEIGHBOURS]))
+                )
+                for at in range(len(logs))
+            ]
+        )
+    return [float(factor) for factor in np.exp(slow - np.median(slow))]
 
 
 def _mean_by_name(laps: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -263,11 +298,6 @@ def _mean_by_name(laps: Sequence[tuple[str, float]]) -> dict[str, float]:
     for name, ms in laps:
         groups.setdefault(name, []).append(ms)
     return {name: statistics.fmean(values) for name, values in groups.items()}
-
-
-def _running_median(values: Sequence[float], window: int) -> list[float]:
-    half = window // 2
-    return [statistics.median(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
 
 
 def summarise(
@@ -300,12 +330,12 @@ def summarise(
     shift = abs(float(np.median(samples[:half])) - float(np.median(samples[half:]))) if half else 0.0
     if shift > max(settings.max_shift * median, negligible_ms):
         reasons.append(
-            f"it moved by {shift / median:.0%} against the dense model between both halves of the run (at most "
+            f"it moved by {shift / median:.0%} against the other models between both halves of the run (at most "
             f"{settings.max_shift:.0%} is allowed)"
         )
     if run.canary_drift > settings.max_canary_drift:
         reasons.append(
-            f"the dense model's own latency moved by {run.canary_drift:.0%} meanwhile (at most "
+            f"the machine's speed moved by {run.canary_drift:.0%} meanwhile (at most "
             f"{settings.max_canary_drift:.0%} is allowed)"
         )
     if run.foreign_cpu is not None and run.foreign_cpu > (0.05 if reasons else settings.max_foreign_cpu):

@@ -155,7 +155,8 @@ class ReductionKind:
     method: str
     ops: tuple[str, ...]
     options: Mapping[str, Any] = field(hash=False)
-    like: str | None = None  # A kind that stands in for this one where a table lacks it.
+    like: str | None = None  # A kind that does the same work; this one is then not measured.
+    parts: tuple[str, ...] = ()  # Kinds whose costs add up to about this one's, for a table that did not measure it.
 
     @property
     def entry(self) -> str:
@@ -165,6 +166,11 @@ class ReductionKind:
     def masks_attention(self) -> bool:
         """Whether attention is masked in the blocks that follow; timed as the second of such sites, under a mask."""
         return self.name.endswith(CONNECTIONS)
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether most of its cost is a learned predictor's, thus linear layers."""
+        return get_method(self.method).acts_before_attention
 
     def runs_on(self, geometry: ModelGeometry) -> bool:
         return geometry.has_class_token or not set(self.ops) & set(get_method(self.method).ranking_ops)
@@ -199,36 +205,40 @@ class ReductionKind:
 
 
 def _kinds() -> dict[str, ReductionKind]:
-    rows: list[tuple[str, str, tuple[str, ...], dict[str, Any], str | None]] = [
-        ("evit.prune", "evit", ("prune",), {}, None),
-        ("evit.fuse", "evit", ("fuse",), {}, None),
-        ("tome.merge", "tome", ("merge",), {}, None),
-        ("ppt.prune", "ppt", ("pool_or_prune",), {"threshold": 0}, None),
-        ("ppt.pool", "ppt", ("pool_or_prune",), {"threshold": None}, "tome.merge"),
-        ("ppt.pool_or_prune", "ppt", ("pool_or_prune",), {"threshold": 1e-9}, None),
-        ("diffrate.prune", "diffrate", ("prune",), {}, "evit.prune"),
-        ("diffrate.merge_mean", "diffrate", ("merge_mean",), {}, None),
-        ("diffrate.prune+merge_mean", "diffrate", ("prune", "merge_mean"), {}, "diffrate.merge_mean"),
-        ("hybrid.prune", "hybrid", ("prune",), {}, "evit.prune"),
-        ("hybrid.fuse", "hybrid", ("fuse",), {}, "evit.fuse"),
-        ("hybrid.merge", "hybrid", ("merge",), {}, "tome.merge"),
-        ("hybrid.prune+merge", "hybrid", ("prune", "merge"), {}, None),
-        ("hybrid.fuse+merge", "hybrid", ("fuse", "merge"), {}, None),
-        ("hybrid.prune:cls_value", "hybrid", ("prune",), {"score": "cls_value"}, "ppt.prune"),
-        ("hybrid.fuse:cls_value", "hybrid", ("fuse",), {"score": "cls_value"}, "hybrid.fuse"),
-        ("hybrid.prune+merge:cls_value", "hybrid", ("prune", "merge"), {"score": "cls_value"}, "hybrid.prune+merge"),
-        ("hybrid.fuse+merge:cls_value", "hybrid", ("fuse", "merge"), {"score": "cls_value"}, "hybrid.fuse+merge"),
-        ("dynamicvit.select", "dynamicvit", ("select",), {}, None),
-        ("spvit.select", "spvit", ("select",), {"mode": "fixed"}, None),
-        ("trilevel.prune", "trilevel", ("prune",), {}, "evit.prune"),
-        (f"trilevel.prune{CONNECTIONS}", "trilevel", ("prune",), {"attn_ratio": 0.3}, None),
+    prune, merge = ("evit.prune",), ("hybrid.merge",)
+    valued = {"score": "cls_value"}
+    kinds: list[tuple[str, tuple[str, ...], dict[str, Any], str | None, tuple[str, ...]]] = [
+        ("evit.prune", ("prune",), {}, None, ()),
+        ("evit.fuse", ("fuse",), {}, None, ()),
+        ("tome.merge", ("merge",), {}, None, ()),
+        ("ppt.prune", ("pool_or_prune",), {"threshold": 0}, None, prune),
+        ("ppt.pool", ("pool_or_prune",), {"threshold": None}, "tome.merge", ()),
+        # Both branches are computed.
+        ("ppt.pool_or_prune", ("pool_or_prune",), {"threshold": 1e-9}, None, ("ppt.prune", "ppt.pool")),
+        ("diffrate.prune", ("prune",), {}, "evit.prune", ()),
+        ("diffrate.merge_mean", ("merge_mean",), {}, None, ()),
+        ("diffrate.prune+merge_mean", ("prune", "merge_mean"), {}, "diffrate.merge_mean", ()),
+        ("hybrid.prune", ("prune",), {}, "evit.prune", ()),
+        ("hybrid.fuse", ("fuse",), {}, "evit.fuse", ()),
+        ("hybrid.merge", ("merge",), {}, "tome.merge", ()),
+        ("hybrid.prune+merge", ("prune", "merge"), {}, None, ("hybrid.prune", *merge)),
+        ("hybrid.fuse+merge", ("fuse", "merge"), {}, None, ("hybrid.fuse", *merge)),
+        ("hybrid.prune:cls_value", ("prune",), valued, "ppt.prune", ()),
+        ("hybrid.fuse:cls_value", ("fuse",), valued, "hybrid.fuse", ()),
+        ("hybrid.prune+merge:cls_value", ("prune", "merge"), valued, "hybrid.prune+merge", ()),
+        ("hybrid.fuse+merge:cls_value", ("fuse", "merge"), valued, "hybrid.fuse+merge", ()),
+        ("dynamicvit.select", ("select",), {}, None, ()),
+        ("spvit.select", ("select",), {"mode": "fixed"}, None, ()),
+        ("trilevel.prune", ("prune",), {}, "evit.prune", ()),
+        (f"trilevel.prune{CONNECTIONS}", ("prune",), {"attn_ratio": 0.3}, None, prune),
     ]
     return {
         name: ReductionKind(
-            name=name, method=method, ops=ops, options=get_method(method).parse_options(options), like=like
+            name=name, method=(method := name.partition(".")[0]), ops=ops,
+            options=get_method(method).parse_options(options), like=like, parts=parts,
         )
-        for name, method, ops, options, like in rows
-    }
+        for name, ops, options, like, parts in kinds
+    }  # fmt: skip
 
 
 REDUCTION_KINDS = _kinds()
@@ -239,9 +249,14 @@ def measured_methods() -> list[str]:
     return list(dict.fromkeys(kind.method for kind in REDUCTION_KINDS.values()))
 
 
-def measured_kinds(geometry: ModelGeometry) -> list[ReductionKind]:
-    """Kinds that a model of this geometry can run and that no other one stands in for."""
-    return [kind for kind in REDUCTION_KINDS.values() if kind.like is None and kind.runs_on(geometry)]
+def measured_kinds(geometry: ModelGeometry, *, composed: bool = True) -> list[ReductionKind]:
+    """Kinds that a model of this geometry can run and that no other one stands in for.
+
+    Args:
+        composed: Also those that others add up to.
+    """
+    kinds = [kind for kind in REDUCTION_KINDS.values() if kind.like is None and kind.runs_on(geometry)]
+    return [kind for kind in kinds if composed or not kind.parts]
 
 
 def biased_attentions(geometry: ModelGeometry) -> tuple[str, ...]:

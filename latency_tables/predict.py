@@ -10,6 +10,7 @@ sentence that says what to rebuild.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ from prunefront.schedule import BlockSchedule, TokenSchedule, plan_schedule, sch
 
 logger = logging.getLogger(__name__)
 
-# Names of Correction.factors.
+# Names of Correction.factors. "rest": stem, head, and the learned predictors of selections.
 PARTS = ("attention", "mlp", "reduction", "rest")
 
 
@@ -57,6 +58,7 @@ class BlockPrediction:
     attention_ms: float
     reduction_ms: float
     mlp_ms: float
+    predictor_ms: float = 0.0  # What selecting tokens by a learned predictor takes; part of reduction_ms.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,9 @@ class Prediction:
         return {
             "attention": sum(block.attention_ms for block in self.blocks),
             "mlp": sum(block.mlp_ms for block in self.blocks),
-            "reduction": sum(block.reduction_ms for block in self.blocks),
-            "rest": self.rest_ms,
+            "reduction": sum(block.reduction_ms - block.predictor_ms for block in self.blocks),
+            # Linear layers that run once, unlike sorting and gathering.
+            "rest": self.rest_ms + sum(block.predictor_ms for block in self.blocks),
         }
 
 
@@ -170,18 +173,23 @@ class Predictor:
             if bias is not None:
                 self._require_room(f"Block {block.index}", bias, block.tokens_in)
                 attention += self._bias_extra[bias](block.tokens_in)
-            reduction, entry = 0.0, None
+            reduction, entry, has_predictor = 0.0, None, False
             if block.steps:
                 kind = kind_name(schedule.method, options, block.steps)
                 known = self._require_kind(kind)
-                self._require_room(f"Block {block.index}", BLOCK + known, block.tokens_entering, block.tokens_out)
-                reduction, entry = self._overhead[known](block.tokens_entering, block.tokens_out), BLOCK + known
+                reduction, entry = self._reduction_ms(known, block), BLOCK + known[-1]
+                has_predictor = REDUCTION_KINDS[kind].has_predictor
                 sized = sized or gives_sizes(kind, block.steps)
                 masked = masked or REDUCTION_KINDS[kind].masks_attention
             mlp = _half_ms(self._mlp, block.tokens_out)
             if self._memory is not None:
                 working_mib.append(self._memory.block_mib(block, reduction=entry, bias=bias))
-            blocks.append(BlockPrediction(attention_ms=attention, reduction_ms=reduction, mlp_ms=mlp))
+            blocks.append(
+                BlockPrediction(
+                    attention_ms=attention, reduction_ms=reduction, mlp_ms=mlp,
+                    predictor_ms=reduction if has_predictor else 0.0,
+                )
+            )  # fmt: skip
         first, last = schedule.blocks[0].tokens_entering, schedule.blocks[-1].tokens_out
         self._require_room("The model", STEM, first)
         self._require_room("The model", HEAD, last)
@@ -220,7 +228,7 @@ class Predictor:
         missing = {
             kind.method
             for kind in REDUCTION_KINDS.values()
-            if kind.runs_on(geometry) and self._known_kind(kind.name) is None
+            if kind.runs_on(geometry) and self._known_kinds(kind.name) is None
         }
         return [name for name in measured_methods() if name not in missing]
 
@@ -253,15 +261,26 @@ class Predictor:
         mask = self._bias_extra[MASKED_ATTENTION](attended) if kind.masks_attention else 0.0
         return self._attention(attended) + mask + self._mlp(tokens_out)
 
-    def _known_kind(self, kind: str) -> str | None:
-        """The kind itself, or the first that may stand in for it and has entries."""
-        wanted: str | None = kind
-        while wanted is not None and wanted not in self._overhead and BLOCK + wanted not in self._reach:
-            wanted = REDUCTION_KINDS[wanted].like
-        return wanted
+    def _reduction_ms(self, kinds: Sequence[str], block: BlockSchedule) -> float:
+        """Cost of reductions that ``kinds`` add up to: one for each step, or all at what the block removes."""
+        points = [(step.tokens_in, step.tokens_out) for step in block.steps]
+        if len(kinds) != len(points):
+            points = [(block.tokens_entering, block.tokens_out)] * len(kinds)
+        for kind, point in zip(kinds, points, strict=True):
+            self._require_room(f"Block {block.index}", BLOCK + kind, *point)
+        return sum(self._overhead[kind](*point) for kind, point in zip(kinds, points, strict=True))
 
-    def _require_kind(self, kind: str) -> str:
-        known = self._known_kind(kind)
+    def _known_kinds(self, name: str) -> tuple[str, ...] | None:
+        """The kind itself, one that stands in for it, or several that add up to it; None without their entries."""
+        if name in self._overhead or BLOCK + name in self._reach:
+            return (name,)
+        kind = REDUCTION_KINDS[name]
+        parts = [self._known_kinds(part) for part in ((kind.like,) if kind.like else kind.parts)]
+        found = [part for part in parts if part is not None]
+        return tuple(itertools.chain.from_iterable(found)) if found and len(found) == len(parts) else None
+
+    def _require_kind(self, kind: str) -> tuple[str, ...]:
+        known = self._known_kinds(kind)
         if known is not None:
             return known
         raise LatencyTableError(

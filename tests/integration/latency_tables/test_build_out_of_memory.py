@@ -12,15 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import prunefront.runtimes
 from latency_tables import build as build_module
 from latency_tables import validate as validate_module
+from latency_tables.build import build_table, settings_for
 from latency_tables.errors import ExceedsMemoryError, LatencyTableError
 from latency_tables.measure import Subject
 from latency_tables.parts import MASKED_ATTENTION, AttentionHalf, ReducingBlock
 from latency_tables.predict import predict_latency_ms
+from latency_tables.schema import LatencyTable
 from latency_tables.validate import validate_table
 from prunefront.compress import compress
 from prunefront.config import PruneConfig, Site
+from prunefront.runtimes import EagerForward
 from tests.integration.latency_tables.test_build import FEW_REDUCTIONS, ONCE, WorkStopwatch, build
 from tests.unit.latency_tables.fakes import TINY
 
@@ -117,6 +121,36 @@ def test_token_counts_are_refined_towards_where_memory_ends(
     assert "The table goes without a correction: Block 0 needs 'attention' on 17 tokens" in caplog.text
     with pytest.raises(ExceedsMemoryError, match="The model needs 'attention' on 17 tokens"):
         validate_table(table, num_schedules=2, settings=ONCE, stopwatch=WorkStopwatch())
+
+
+def build_compiled() -> LatencyTable:
+    """With a compiler that changes nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(prunefront.runtimes.RUNTIMES, "compile", EagerForward)
+        settings = dataclasses.replace(settings_for(torch.device("cpu"), "compile"), blocks=ONCE)
+        return build_table(TINY, runtime="compile", batch_size=2, settings=settings, stopwatch=WorkStopwatch())
+
+
+def test_a_compiled_table_is_made_of_the_parts_that_fit(monkeypatch: pytest.MonkeyPatch, exhausted: Exhausted) -> None:
+    exhausted.inject(monkeypatch, ReducingBlock, lambda part, x: part.kind.name == "tome.merge", CPU)
+    table = build_compiled()
+    (unfit,) = table.unfit_entries
+    assert unfit.entry == "block.tome.merge"
+    assert table.correction.num_models == 1
+    assert predict_latency_ms(table, config_of("evit", {"block": 1, "op": "prune", "tokens": 8})) > 0
+    merge = {"block": 1, "op": "merge", "tokens": 9}
+    # A block that prunes and merges is made of both.
+    for config in (config_of("tome", merge), config_of("hybrid", {"block": 1, "op": "prune", "tokens": 12}, merge)):
+        with pytest.raises(ExceedsMemoryError, match="Block 1 needs 'block.tome.merge'"):
+            predict_latency_ms(table, config)
+
+
+def test_a_compiled_table_of_which_no_block_fits_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, exhausted: Exhausted
+) -> None:
+    exhausted.inject(monkeypatch, AttentionHalf, lambda part, x: True, CUDA)
+    with pytest.raises(LatencyTableError, match="Every part of the model ran out of memory. Choose a smaller"):
+        build_compiled()
 
 
 class CrowdedStopwatch(WorkStopwatch):

@@ -1,4 +1,6 @@
 import gc
+import statistics
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -80,6 +82,41 @@ def test_drift_of_the_machine_is_cancelled_by_the_canary() -> None:
         normalised = [sample / runs[key].canary_ms for sample in runs[key].laps[WHOLE]]
         assert normalised == pytest.approx([ms / 10.0] * len(normalised), rel=0.03)
     assert 0.1 < runs["a"].canary_drift < 0.2
+
+
+def test_a_machine_that_changes_its_speed_between_two_runs_of_the_canary_is_cancelled() -> None:
+    # Slow by half for 80 ms of every 200 ms; the canary runs every 380 ms or so.
+    clock = FakeClock(lambda now: 1.5 if now % 0.2 < 0.08 else 1.0)
+    ms = {"a": 4.0, "b": 8.0, "c": 2.0}
+    runs = interleave(
+        {key: clock.subject(time) for key, time in ms.items()},
+        canary=clock.subject(10.0),
+        stopwatch=WallStopwatch(clock),
+        settings=MeasureSettings(min_rounds=60, canary_share=0.025),
+    )
+    reference = statistics.median(runs["a"].laps[WHOLE])
+    for key, time in ms.items():
+        within = [abs(sample / reference * 4.0 / time - 1.0) < 0.02 for sample in runs[key].laps[WHOLE]]
+        assert statistics.fmean(within) > 0.8  # All but samples at a change of speed.
+        assert statistics.median(runs[key].laps[WHOLE]) / runs[key].canary_ms == pytest.approx(time / 10.0, rel=0.02)
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Interquartile range over the median."""
+    q1, median, q3 = statistics.quantiles(samples, n=4)
+    return (q3 - q1) / median
+
+
+def test_the_noise_of_a_model_of_its_own_stays_in_its_spread() -> None:
+    clock = FakeClock()
+    runs = interleave(
+        {"steady": clock.subject(4.0), "shaky": clock.subject(4.0, 6.0), "other": clock.subject(3.0)},
+        canary=clock.subject(10.0),
+        stopwatch=WallStopwatch(clock),
+        settings=SETTINGS,
+    )
+    assert spread(runs["shaky"].laps[WHOLE]) > 0.3
+    assert spread(runs["steady"].laps[WHOLE]) < 0.02
 
 
 def test_laps_of_one_name_are_averaged_within_a_run() -> None:
@@ -179,7 +216,7 @@ def test_a_canary_that_moves_too_much_makes_a_run_noisy() -> None:
         stopwatch=WallStopwatch(clock),
     )
     assert measured["dense"].state == "noisy"
-    assert "own latency moved" in (measured["dense"].reason or "")
+    assert "machine's speed moved" in (measured["dense"].reason or "")
 
 
 def test_batches_take_turns() -> None:

@@ -1,5 +1,7 @@
 """What runs a forward pass: casting, compiling with packed weights, ONNX sessions, and what is refused."""
 
+import platform
+import resource
 import sys
 from typing import Any, get_args
 
@@ -192,3 +194,15 @@ def test_models_are_measured_under_onnxruntime_with_their_weights_as_memory() ->
     for one in measured.values():
         assert one.num_samples == 2
         assert one.peak_memory_mib is None or one.peak_memory_mib >= weights_mib
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep freed memory as they like")
+def test_a_prepared_model_finds_the_memory_of_its_last_run_mapped() -> None:
+    forward = prepare(nn.Linear(64, 1024), "eager", "fp32", torch.device("cpu"))
+    images = torch.zeros(16384, 64)  # Activations of 64 MiB, beyond all that glibc keeps by default: 16384 pages.
+    with torch.inference_mode():
+        forward(images)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            forward(images)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4 < 1000

@@ -1,0 +1,115 @@
+"""Tables of compiled models: all parts in one graph that reads the clock between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import prunefront.runtimes
+from latency_tables.build import build_table, settings_for
+from latency_tables.measure import WHOLE, Lap, WallStopwatch
+from latency_tables.parts import AttentionHalf, Frame, Head, MlpHalf, Stem
+from latency_tables.predict import predict_latency_ms
+from latency_tables.probe import FEED, IDLE, IDLE_LAPS, Probe, Stage, timed_by
+from latency_tables.schema import LatencyTable
+from latency_tables.validate import validate_table
+from prunefront.compress import create_dense
+from prunefront.config import PruneConfig
+from prunefront.runtimes import CompiledForward, EagerForward
+from tests.integration.latency_tables.test_build import ONCE, WorkStopwatch
+from tests.unit.latency_tables.fakes import TINY
+
+CPU = torch.device("cpu")
+LAPS = [FEED, *[IDLE] * IDLE_LAPS, WHOLE, "stem", FEED, "attention", "mlp", FEED, "few", FEED, "head"]
+
+
+def probe() -> Probe:
+    torch.manual_seed(0)
+    model = cast(VisionTransformer, create_dense(TINY).eval())
+    frame, blocks = Frame.of(model), model.blocks
+    stages = [
+        Stage(tokens=17, parts=(("attention", AttentionHalf(blocks[0], frame)), ("mlp", MlpHalf(blocks[0], frame)))),
+        Stage(tokens=5, parts=(("few", MlpHalf(blocks[1], frame)),)),
+        Stage(tokens=17, parts=(("head", Head(model)),)),
+    ]
+    return Probe(model, ("stem", Stem(model)), stages).eval()
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    """Of a device whose latency is its work, and a compiler that changes nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(prunefront.runtimes.RUNTIMES, "compile", EagerForward)
+        settings = dataclasses.replace(settings_for(CPU, "compile"), blocks=ONCE)
+        return build_table(TINY, runtime="compile", batch_size=2, settings=settings, stopwatch=WorkStopwatch())
+
+
+def test_a_probe_times_every_part_once() -> None:
+    subject, images = probe(), torch.randn(2, 3, 32, 32)
+
+    def run(lap: Lap) -> None:
+        with timed_by(lap, subject.lap_names), torch.inference_mode():
+            subject(images)
+
+    laps = WorkStopwatch().sample(run)
+    assert [name for name, _ in laps] == subject.lap_names == LAPS
+    ms = dict(laps)
+    mlp = 2 * 17 * 2 * 2 * 48 * 4 * 48 / 1e5  # Two operations per multiply-accumulate.
+    assert ms["mlp"] == pytest.approx(mlp + 1e-3)
+    assert ms["few"] == pytest.approx(mlp * 5 / 17 + 1e-3)
+    assert ms[IDLE] == pytest.approx(1e-3)
+    assert ms[WHOLE] > 3 * (ms["attention"] + ms["mlp"])
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_a_compiled_probe_reads_the_clock_in_order_and_computes_the_same() -> None:
+    subject, images = probe(), torch.randn(2, 3, 32, 32)
+    before = images.clone()
+    with torch.inference_mode():
+        forward = CompiledForward(subject, CPU)
+        forward(images)
+
+        def run(lap: Lap) -> None:
+            with timed_by(lap, subject.lap_names):
+                forward(images)
+
+        laps = WallStopwatch().sample(run)
+        torch.testing.assert_close(forward(images), subject(images), atol=1e-5, rtol=1e-5)
+    assert [name for name, _ in laps] == LAPS
+    assert torch.equal(images, before)
+
+
+def test_a_compiled_table_holds_what_other_reductions_are_made_of(table: LatencyTable) -> None:
+    names = {name for name in table.entries_by_name if name.startswith("block.")}
+    assert names == {
+        "block.evit.prune", "block.evit.fuse", "block.tome.merge", "block.diffrate.merge_mean",
+        "block.dynamicvit.select", "block.spvit.select",
+    }  # fmt: skip
+    assert {"stem", "head", "attention", "attention.sized", "attention.masked", "mlp"} <= set(table.entries_by_name)
+    assert {entry.tokens_in for entry in table.entries_by_name["attention"]} == {2, 4, 8, 13, 17}
+    assert (table.runtime, table.correction.num_models) == ("compile", 1)
+
+
+def test_a_whole_block_is_charged_its_mlp(table: LatencyTable) -> None:
+    by_key = {entry.key: entry.median_ms for entry in table.entries}
+    (merge,) = (entry for entry in table.entries if entry.entry == "block.tome.merge")
+    mlp = 2 * merge.tokens_out * 2 * 2 * 48 * 4 * 48 / 1e5
+    assert merge.median_ms - by_key["attention", 17, 17] - mlp == pytest.approx(0.0, abs=0.3 * mlp)
+
+
+def test_compiled_models_of_all_methods_are_predicted_on_a_device_without_noise(table: LatencyTable) -> None:
+    assert table.dense_ms is not None
+    assert predict_latency_ms(table, PruneConfig(model=TINY, method="hybrid")) == pytest.approx(
+        table.dense_ms, rel=0.01
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(prunefront.runtimes.RUNTIMES, "compile", EagerForward)
+        report = validate_table(table, num_schedules=15, seed=1, settings=ONCE, stopwatch=WorkStopwatch())
+    assert len({point.config.method for point in report.points}) >= 5
+    assert report.mape < 0.03
+    assert report.kendall_tau is not None and report.kendall_tau > 0.9
