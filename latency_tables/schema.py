@@ -45,17 +45,42 @@ class LatencyEntry(StrictModel):
     )
     tokens_in: Tokens
     tokens_out: Tokens
-    median_ms: Milliseconds
+    median_ms: Milliseconds | None = Field(description="Null where it ran out of memory, and only there.")
     iqr_ms: Milliseconds = Field(default=0.0, description="Interquartile range of the samples.")
-    samples: Annotated[int, Field(ge=1)] = 1
+    samples: Annotated[int, Field(ge=0)] = 1
     p10_ms: Milliseconds | None = None
     p90_ms: Milliseconds | None = None
     peak_memory_mib: Mebibytes | None = Field(
         default=None,
         description="Most memory in use while it ran, its input included and the model's weights left out.",
     )
-    state: Literal["ok", "noisy"] = "ok"
-    reason: str | None = Field(default=None, description="Why an entry is noisy.")
+    state: Literal["ok", "noisy", "out_of_memory"] = "ok"
+    reason: str | None = Field(default=None, description="Why an entry is noisy, or what ran out of memory.")
+
+    @model_validator(mode="after")
+    def _was_timed_or_ran_out_of_memory(self) -> LatencyEntry:
+        ran_out = self.state == "out_of_memory"
+        if (self.median_ms is None) != ran_out or (self.samples == 0) != ran_out:
+            raise ValueError(
+                f"entry {self.entry!r} at {self.tokens_in} -> {self.tokens_out} tokens is {self.state!r} with a median "
+                f"of {self.median_ms} ms of {self.samples} samples; only what ran out of memory has null and 0, and it "
+                "has both"
+            )
+        if ran_out and not self.reason:
+            raise ValueError(
+                f"entry {self.entry!r} at {self.tokens_in} -> {self.tokens_out} tokens ran out of memory without a "
+                "reason; give one"
+            )
+        return self
+
+    @classmethod
+    def unfit(cls, key: tuple[str, int, int], reason: str) -> LatencyEntry:
+        """The entry of what ran out of memory."""
+        name, tokens_in, tokens_out = key
+        return cls(
+            entry=name, tokens_in=tokens_in, tokens_out=tokens_out, median_ms=None, samples=0, state="out_of_memory",
+            reason=reason,
+        )  # fmt: skip
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -168,8 +193,22 @@ class LatencyTable(StrictModel):
         return {name: tuple(sorted(group, key=lambda e: e.key)) for name, group in groups.items()}
 
     @property
+    def latencies_ms(self) -> dict[str, dict[tuple[int, int], float]]:
+        """Medians by name of the entry, then by tokens in and out; without what ran out of memory."""
+        groups: dict[str, dict[tuple[int, int], float]] = {}
+        for entry in self.entries:
+            if entry.median_ms is not None:
+                groups.setdefault(entry.entry, {})[entry.tokens_in, entry.tokens_out] = entry.median_ms
+        return groups
+
+    @property
     def noisy_entries(self) -> tuple[LatencyEntry, ...]:
         return tuple(entry for entry in self.entries if entry.state == "noisy")
+
+    @property
+    def unfit_entries(self) -> tuple[LatencyEntry, ...]:
+        """What ran out of memory at the table's batch size."""
+        return tuple(entry for entry in self.entries if entry.state == "out_of_memory")
 
     def evolve(self, **changes: Any) -> LatencyTable:
         """A checked copy with some fields replaced."""

@@ -173,10 +173,9 @@ def show(file: TableFile, as_json: AsJson = False) -> None:
                 entry.entry,
                 entry.tokens_in,
                 entry.tokens_out,
-                f"{entry.median_ms:.4f}",
-                f"{entry.iqr_ms:.4f}",
+                *((None, None) if entry.median_ms is None else (f"{entry.median_ms:.4f}", f"{entry.iqr_ms:.4f}")),
                 entry.samples,
-                entry.state,
+                entry.state.replace("_", " "),
             )
             for entry in sorted(table.entries, key=lambda entry: entry.key)
         ],
@@ -424,6 +423,7 @@ def _head(table: LatencyTable) -> dict[str, Any]:
         "device_fingerprint": table.device.fingerprint(),
         "num_entries": len(table.entries),
         "num_noisy_entries": len(table.noisy_entries),
+        "num_unfit_entries": len(table.unfit_entries),
     }
 
 
@@ -432,6 +432,9 @@ def _measured_for(table: LatencyTable) -> str:
 
 
 def _print_head(table: LatencyTable) -> None:
+    entries = f"{len(table.entries)}, {len(table.noisy_entries)} of them noisy"
+    if table.unfit_entries:
+        entries += f", {len(table.unfit_entries)} out of memory: schedules that need those are refused"
     built = None if table.build_s is None else f"in {table.build_s:.0f} s on {table.created_at:%Y-%m-%d %H:%M} UTC"
     fields: list[tuple[str, object]] = [
         ("table", table.name),
@@ -439,7 +442,7 @@ def _print_head(table: LatencyTable) -> None:
         ("threads", table.device.threads),
         ("blocks of", table.model.name),
         (table.source, built),
-        ("entries", f"{len(table.entries)}, {len(table.noisy_entries)} of them noisy"),
+        ("entries", entries),
         ("dense", None if table.dense_ms is None else f"{table.dense_ms:.3f} ms"),
     ]
     print_fields(fields)

@@ -273,6 +273,28 @@ def test_a_device_without_a_name_is_refused(tmp_path: Path, capfd: pytest.Captur
     assert "give it a name" in capfd.readouterr().err
 
 
+def test_entries_that_ran_out_of_memory_are_shown_and_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    csv, table, config = (str(tmp_path / name) for name in ("tiny.csv", "tiny.json", "tome.json"))
+    lines = ["entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples"]
+    lines += [f"{half},{at},{at},2,{at}.5,0.25,30" for half in ("attention", "mlp") for at in (2, 65)]
+    lines += ["block.tome.merge,65,40,2,out_of_memory,,"]
+    Path(csv).write_text("\n".join(lines))
+    line = ["table", "import", csv, "--model", "digit_vit_patch6_48", "--device-name", "phone", "--out", table]
+    assert result(capfd, *line, "--runtime", "onnxruntime")["num_unfit_entries"] == 1
+    assert run(["table", "show", table]) == 0
+    shown = capfd.readouterr().out
+    assert "1 out of memory: schedules that need those are refused" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("block.tome.merge"))
+    assert row.split() == ["block.tome.merge", "65", "40", "–", "–", "0", "out", "of", "memory"]
+    new = ["config", "new", "--model", "digit_vit_patch6_48", "--method", "tome", "--r", "4", "--out", config]
+    assert run(new) == 0
+    capfd.readouterr()
+    assert run(["table", "predict", table, config]) == 2
+    assert "Block 0 needs 'block.tome.merge' on 65 -> 61 tokens, which ran out of memory" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_table_is_built_shown_used_and_drawn(
     tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
