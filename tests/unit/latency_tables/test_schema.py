@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from latency_tables.schema import LatencyTableError, load_table, parse_table, save_table
-from tests.unit.latency_tables.fakes import entry, simple_table, table_of
+from latency_tables.schema import LatencyTableError, ValidationPoint, load_table, parse_table, save_table
+from prunefront.config import PruneConfig
+from tests.unit.latency_tables.fakes import TINY, entry, simple_table, table_of
 
 
 def test_a_table_survives_the_file(tmp_path: Path) -> None:
@@ -25,6 +26,22 @@ def test_entries_are_grouped_by_name_and_sorted_by_tokens() -> None:
 def test_one_point_stands_once() -> None:
     with pytest.raises(ValueError, match="'mlp' at 9 -> 9 tokens stands twice"):
         table_of([entry("mlp", 9, 9, 2.0), entry("mlp", 9, 9, 3.0)])
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_a_table_whose_halves_take_no_time_is_refused(half: str) -> None:
+    document = simple_table().model_dump(mode="json")
+    for found in document["entries"]:
+        if found["entry"] == half:
+            found["median_ms"] = 0.0
+    with pytest.raises(LatencyTableError, match=f"every median of {half} is 0 ms.* rebuild the table"):
+        parse_table(document)
+
+
+def test_a_validation_that_measured_no_time_is_refused() -> None:
+    config = PruneConfig(model=TINY, method="hybrid")
+    with pytest.raises(ValueError, match=r"measured_ms\s.*greater than 0"):
+        ValidationPoint(config=config, predicted_ms=1.0, measured_ms=0.0, iqr_ms=0.0)
 
 
 @pytest.mark.parametrize(
