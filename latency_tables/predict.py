@@ -68,8 +68,7 @@ class Prediction:
     latency_ms: float  # Corrected; what a whole model is expected to take.
     rest_ms: float  # Stem and head, uncorrected like the blocks.
     blocks: tuple[BlockPrediction, ...]
-    # Weights, without those of learned score predictors, and working memory; None where the table does not tell it.
-    peak_memory_mib: float | None = None
+    peak_memory_mib: float | None = None  # Weights and working memory; None where the table does not tell it.
     is_nominal: bool = False  # Each image keeps counts of its own; `predict_distribution` takes them into account.
 
     @property
@@ -200,7 +199,7 @@ class Predictor:
             latency_ms=corrected_ms(plain.part_sums, self._correction.intercept_ms, self._correction.factors),
             rest_ms=plain.rest_ms,
             blocks=plain.blocks,
-            peak_memory_mib=None if memory is None else memory.peak_mib(first, last, working_mib),
+            peak_memory_mib=None if memory is None else memory.peak_mib(schedule, working_mib),
             is_nominal=not schedule.is_static,
         )
 

@@ -112,7 +112,7 @@ class ValidationPoint(StrictModel):
 
     config: PruneConfig
     predicted_ms: Milliseconds
-    measured_ms: Milliseconds
+    measured_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     iqr_ms: Milliseconds
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model in the same interleaved run.")
     state: Literal["ok", "noisy"] = "ok"
@@ -182,6 +182,17 @@ class LatencyTable(StrictModel):
                     f"entry {entry.entry!r} at {entry.tokens_in} -> {entry.tokens_out} tokens stands twice; keep one"
                 )
             seen.add(entry.key)
+        return self
+
+    @model_validator(mode="after")
+    def _halves_take_time(self) -> LatencyTable:
+        # Literals: the names are in latency_tables.parts, which needs torch and timm.
+        for name in ("attention", "mlp"):
+            medians_ms = [entry.median_ms for entry in self.entries if entry.entry == name]
+            if medians_ms and not any(medians_ms):
+                raise ValueError(
+                    f"every median of {name} is 0 ms, but half a block takes time; measure it with a finer clock"
+                )
         return self
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,7 +11,7 @@ from latency_tables.schema import LatencyTable
 from latency_tables.schema import Runtime as TableRuntime
 from prunefront import PruneConfig
 from prunefront.config import Dtype, StrictModel
-from prunefront.schedule import plan_schedule
+from prunefront.schedule import TokenSchedule, plan_schedule
 from search.documents import Identifier, Name
 from store import CandidateRecord, DeviceRecord, JobRecord, TableRecord
 
@@ -108,6 +108,11 @@ class MeasurementPublic(PublicModel):
     state: str = Field(description='"ok", or "noisy": stored, but kept off the front.')
 
 
+def plan_of(record: CandidateRecord) -> TokenSchedule:
+    """What a candidate's config does to its tokens."""
+    return plan_schedule(PruneConfig.model_validate(record.config))
+
+
 class TrialPublic(PublicModel):
     """A candidate with every number that is known about it."""
 
@@ -120,12 +125,20 @@ class TrialPublic(PublicModel):
     config_hash: str
     predicted_ms: float | None = Field(description="From the latency table; never measured.")
     macs: float | None = Field(description="Multiply-accumulates per image.")
+    is_nominal: bool = Field(
+        description="True where each image keeps counts of its own: predicted_ms and macs are for those of the config."
+    )
     evaluations: list[EvaluationPublic]
     measurements: list[MeasurementPublic]
 
     @classmethod
     def of(cls, record: CandidateRecord) -> TrialPublic:
-        return cls.model_validate(record)
+        return cls._of(record, plan_of(record))
+
+    @classmethod
+    def _of(cls, record: CandidateRecord, plan: TokenSchedule, **more: Any) -> Self:
+        known = {name: getattr(record, name) for name in cls.model_fields if hasattr(record, name)}
+        return cls.model_validate({**known, "is_nominal": not plan.is_static, **more})
 
 
 class TrialPage(BaseModel):
@@ -151,7 +164,7 @@ class TrialDetail(TrialPublic):
 
     @classmethod
     def of(cls, record: CandidateRecord) -> TrialDetail:
-        plan = plan_schedule(PruneConfig.model_validate(record.config))
+        plan = plan_of(record)
         blocks = [
             BlockTokens(
                 block=block.index,
@@ -161,7 +174,7 @@ class TrialDetail(TrialPublic):
             )
             for block in plan.blocks
         ]
-        return cls(**TrialPublic.of(record).model_dump(), schedule=blocks)
+        return cls._of(record, plan, schedule=blocks)
 
 
 class TablePublic(PublicModel):

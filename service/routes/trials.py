@@ -17,7 +17,7 @@ from search.pareto import build_front
 from service.artifacts import contained_path
 from service.deps import Cursor, JobDep, Limit, SettingsDep, StoreDep, TrialDep
 from service.problems import Problem
-from service.schemas import TrialDetail, TrialPage, TrialPublic
+from service.schemas import TrialDetail, TrialPage, TrialPublic, plan_of
 from store import CandidateRecord, EvaluationRecord, MeasurementRecord, Store
 
 router = APIRouter(prefix="/jobs/{job_id}/trials", tags=["results"])
@@ -28,7 +28,7 @@ MEASUREMENT_COLUMNS = (
     "stage", "device", "runtime", "dtype", "batch_size", "median_ms", "iqr_ms", "speedup", "dense_ms", "state",
 )  # fmt: skip
 CSV_COLUMNS = (
-    "number", "label", "origin", "method", "state", "note", "predicted_ms", "macs", "config_hash",
+    "number", "label", "origin", "method", "state", "note", "predicted_ms", "macs", "is_nominal", "config_hash",
     *EVALUATION_COLUMNS, *(f"measurement_{name}" for name in MEASUREMENT_COLUMNS),
 )  # fmt: skip
 
@@ -176,7 +176,7 @@ def _csv_lines(store: Store, job_id: str) -> Iterator[str]:
 def _csv_rows(record: CandidateRecord) -> Iterator[list[object]]:
     head: list[object] = [
         record.number, record.label, record.origin, record.config["method"], record.state, record.note,
-        record.predicted_ms, record.macs, record.config_hash,
+        record.predicted_ms, record.macs, not plan_of(record).is_static, record.config_hash,
     ]  # fmt: skip
     evaluations: Sequence[EvaluationRecord | None] = record.evaluations or (None,)
     measurements: Sequence[MeasurementRecord | None] = record.measurements or (None,)

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 import prunefront
+from prunefront.config import PruneConfig, Site
 from search.documents import Front
 from store import JobState
 from tests.acceptance.conftest import Server
-from tests.acceptance.seeding import SCHEDULES, search_body
+from tests.acceptance.seeding import MODEL, SCHEDULES, search_body
 
 
 def test_candidates_come_in_pages_with_every_number(server: Server, http: httpx.Client) -> None:
@@ -155,6 +156,32 @@ def test_checkpoint_is_served_from_the_data_folder_only(server: Server, http: ht
     assert http.get(f"/jobs/{job.id}/trials/0/checkpoint").content == b"w"
     assert http.get(f"/jobs/{job.id}/trials/1/checkpoint").json()["code"] == "checkpoint_gone"
     assert http.get(f"/jobs/{server.search_id}/trials/1/checkpoint").json()["code"] == "no_checkpoint"
+
+
+def test_candidates_say_whether_images_keep_counts_of_their_own(server: Server, http: httpx.Client) -> None:
+    job = server.store.create_job("measure", "adaptive", {"device": "cpu"}, priority=1000)
+    claimed = server.store.claim_job("test", 60.0)
+    assert claimed is not None and claimed.id == job.id
+    for mode in ("adaptive", "fixed"):
+        site = Site(block=1, op="select", keep_ratio=0.5)
+        config = PruneConfig(model=MODEL, method="spvit", sites=(site,), options={"mode": mode})
+        server.store.add_candidate(
+            job.id,
+            claimed.fence,
+            config=config.to_dict(),
+            config_hash=mode,
+            label=mode,
+            origin="sampler",
+            params={},
+            predicted_ms=1.0,
+            macs=1.0,
+        )
+    server.store.finish_job(job.id, claimed.fence, JobState.SUCCEEDED)
+    trials = http.get(f"/jobs/{job.id}/trials").json()["items"]
+    assert [(trial["label"], trial["is_nominal"]) for trial in trials] == [("adaptive", True), ("fixed", False)]
+    assert http.get(f"/jobs/{job.id}/trials/0").json()["is_nominal"] is True
+    rows = list(csv.DictReader(io.StringIO(http.get(f"/jobs/{job.id}/trials", params={"format": "csv"}).text)))
+    assert [row["is_nominal"] for row in rows] == ["True", "False"]
 
 
 @pytest.mark.parametrize("number", ["9999", "99999999999", "-1", "x"])

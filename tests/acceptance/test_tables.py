@@ -11,10 +11,11 @@ import pytest
 
 from latency_tables.csv_import import export_csv
 from latency_tables.predict import predict_latency_ms
-from latency_tables.schema import LatencyTable, WeightMemory, load_table
+from latency_tables.schema import LatencyEntry, LatencyTable, WeightMemory, load_table
 from prunefront.cli.app import run
+from prunefront.config import PruneConfig, Site
 from tests.acceptance.conftest import Server
-from tests.acceptance.seeding import SCHEDULES, config_of, latency_table
+from tests.acceptance.seeding import MODEL, SCHEDULES, config_of, latency_table
 
 BUILD = ["table", "build", "digit_vit_patch6_48"]
 CSV = {"Content-Type": "text/csv"}
@@ -116,6 +117,21 @@ def test_prediction_is_that_of_the_library(server: Server, http: httpx.Client) -
     assert answer.json()["predicted_ms"] == predict_latency_ms(latency_table(), config)
     assert answer.json()["is_nominal"] is False
     assert answer.json()["predicted_memory_mib"] is None  # the table of a device that does not tell it
+
+
+@pytest.mark.parametrize(("mode", "is_nominal"), [("adaptive", True), ("bucketed", True), ("fixed", False)])
+def test_prediction_says_whether_images_keep_counts_of_their_own(
+    http: httpx.Client, mode: str, is_nominal: bool
+) -> None:
+    table = latency_table()
+    selecting = LatencyEntry(entry="block.spvit.select", tokens_in=65, tokens_out=34, median_ms=2.0)
+    known = table.evolve(entries=(*table.entries, selecting)).model_dump(mode="json")
+    table_id = http.post("/latency-tables", json=known).json()["id"]
+    site = Site(block=1, op="select", keep_ratio=0.5)
+    config = PruneConfig(model=MODEL, method="spvit", sites=(site,), options={"mode": mode})
+    answer = http.post(f"/latency-tables/{table_id}/predict", json={"config": config.to_dict()})
+    assert answer.json()["is_nominal"] is is_nominal
+    http.delete(f"/latency-tables/{table_id}")
 
 
 def test_memory_is_predicted_where_a_table_tells_it(http: httpx.Client) -> None:

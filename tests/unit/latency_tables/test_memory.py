@@ -9,6 +9,7 @@ import pytest
 
 from latency_tables.predict import predict
 from latency_tables.schema import LatencyEntry, LatencyTable, WeightMemory
+from prunefront import create_model
 from prunefront.config import PruneConfig, Site
 from tests.unit.latency_tables.fakes import TINY, simple_table
 
@@ -76,6 +77,26 @@ def test_a_deeper_model_has_more_weights() -> None:
     deeper = TINY.model_copy(update={"kwargs": {**TINY.kwargs, "depth": 5}})
     predicted = predict(figures(), PruneConfig(model=deeper, method="hybrid"))
     assert predicted.peak_memory_mib == pytest.approx(5 * 10.0 + 4.0 + 34.0)
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("fp32", 4), ("bf16", 2)])
+def test_score_predictors_of_dynamicvit_weigh_what_their_layers_do(dtype: str, num_bytes: int) -> None:
+    sites = ({"block": 1, "op": "select", "tokens": 8}, {"block": 2, "op": "select", "tokens": 4})
+    table = figures(("block.dynamicvit.select", 17, 9, 34.0)).evolve(dtype=dtype)
+    width = 48  # A norm, then linear layers 48 -> 48 -> 24 -> 12 -> 2 with biases.
+    parameters = 2 * width + (width + 1) * 48 + (width + 1) * 24 + (24 + 1) * 12 + (12 + 1) * 2
+    expected = WEIGHTS_MIB + 34.0 + 2 * parameters * num_bytes / 2**20
+    assert peak_mib(table, "dynamicvit", *sites) == pytest.approx(expected, abs=1e-6)
+
+
+def test_score_predictors_of_spvit_weigh_what_a_compressed_model_has() -> None:
+    site = {"block": 1, "op": "select", "tokens": 8}
+    table = figures(("block.spvit.select", 17, 10, 34.0))
+    config = PruneConfig(model=TINY, method="spvit", sites=(Site(**site),))
+    parts = {name: part for name, part in create_model(config).state_dict().items() if "score_predictor" in name}
+    predictor_mib = sum(part.numel() for part in parts.values()) * 4 / 2**20
+    assert predictor_mib > 0
+    assert predict(table, config).peak_memory_mib == pytest.approx(WEIGHTS_MIB + 34.0 + predictor_mib, abs=1e-6)
 
 
 def test_a_table_that_does_not_tell_memory_predicts_latency_alone() -> None:

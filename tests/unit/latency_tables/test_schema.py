@@ -36,6 +36,22 @@ def test_one_point_stands_once() -> None:
         table_of([entry("mlp", 9, 9, 2.0), entry("mlp", 9, 9, 3.0)])
 
 
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_a_table_whose_halves_take_no_time_is_refused(half: str) -> None:
+    document = simple_table().model_dump(mode="json")
+    for found in document["entries"]:
+        if found["entry"] == half:
+            found["median_ms"] = 0.0
+    with pytest.raises(LatencyTableError, match=f"every median of {half} is 0 ms.* rebuild the table"):
+        parse_table(document)
+
+
+def test_a_validation_that_measured_no_time_is_refused() -> None:
+    config = PruneConfig(model=TINY, method="hybrid")
+    with pytest.raises(ValueError, match=r"measured_ms\s.*greater than 0"):
+        ValidationPoint(config=config, predicted_ms=1.0, measured_ms=0.0, iqr_ms=0.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
