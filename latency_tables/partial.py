@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,15 @@ def _parse_group(document: dict[str, Any]) -> FinishedGroup:
             (PruneConfig.model_validate(config), float(ms), float(iqr)) for config, ms, iqr in document["whole_models"]
         ),
     )
+
+
+def canary_drift(groups: Sequence[FinishedGroup]) -> float | None:
+    """How much the machine's speed moved between the groups: range of the canaries over their median.
+
+    None for a single group, which says nothing about that.
+    """
+    canaries = [group.canary_ms for group in groups]
+    return (max(canaries) - min(canaries)) / statistics.median(canaries) if len(canaries) > 1 else None
 
 
 def rescaled(

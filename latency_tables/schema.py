@@ -140,6 +140,11 @@ class LatencyTable(StrictModel):
     created_at: datetime
     build_s: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Seconds the build took.")
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model beside the entries (canary).")
+    canary_drift: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Range of the dense model's medians in the runs of the build, over their median: how much the "
+        "machine's speed moved meanwhile. Null where there was one run.",
+    )
     weights: WeightMemory | None = Field(
         default=None, description="What peak memory is predicted with; null where the table does not tell memory."
     )
