@@ -85,7 +85,6 @@ logger = logging.getLogger(__name__)
 # No seed of a validation (below 2**32) draws these schedules.
 CORRECTION_SEED = 2**32 + 1
 PROBE = "all parts"
-MAX_CANARY_DRIFT = 0.25  # Between the runs of a build; more is told, though each run is brought to one speed.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +313,7 @@ class _Build:
                 "%d of %d entries are noisy; measure again on a quieter machine", len(noisy), len(table.entries),
                 extra={"action": "build_table", "noisy_entries": len(noisy), "reason": noisy[0].reason},
             )  # fmt: skip
-        if table.canary_drift is not None and table.canary_drift > MAX_CANARY_DRIFT:
+        if table.canary_drift is not None and not table.is_steady:
             logger.warning(
                 "the machine's speed moved by %.0f%% during the build; measure again on a steadier one",
                 100 * table.canary_drift, extra={"action": "build_table", "canary_drift": table.canary_drift},

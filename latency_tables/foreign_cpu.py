@@ -65,7 +65,7 @@ class LinuxCpuWatch:
             return None
         if used_s is None:
             return None
-        groups = ((quota, _group_cpu_s(folder)) for folder, quota in cgroup_cpu_quotas().items())
+        groups = ((quota, group_cpu_s(folder)) for folder, quota in cgroup_cpu_quotas().items())
         return CpuReading(
             at_s=time.monotonic(),
             own_s=time.process_time(),
@@ -97,8 +97,8 @@ def used_cpu_s(stat: str, cores: Iterable[int], ticks_per_s: int) -> float | Non
     return sum(ticks[name] for name in wanted) / ticks_per_s
 
 
-def _group_cpu_s(folder: Path) -> float | None:
-    """CPU time that a control group and those inside it have used."""
+def group_cpu_s(folder: Path) -> float | None:
+    """CPU time that a control group and those inside it have used; None where its folder does not tell."""
     try:
         for line in (folder / "cpu.stat").read_text().splitlines():
             if line.startswith("usage_usec "):

@@ -28,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 TABLE_FORMAT: Final = "prunefront/latency-table/1"
+MAX_CANARY_DRIFT = 0.25  # Of a table to trust: its runs are brought to one speed, as if all parts changed theirs alike.
 
 # What a table may be of: what can be measured here, and what can be imported.
 Runtime = Literal[MeasuredRuntime, "tensorrt"]
@@ -174,6 +175,11 @@ class LatencyTable(StrictModel):
     @property
     def noisy_entries(self) -> tuple[LatencyEntry, ...]:
         return tuple(entry for entry in self.entries if entry.state == "noisy")
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the machine kept about its speed during the build."""
+        return self.canary_drift is None or self.canary_drift <= MAX_CANARY_DRIFT
 
     def evolve(self, **changes: Any) -> LatencyTable:
         """A checked copy with some fields replaced."""

@@ -100,7 +100,7 @@ def build(
     save_table(table, target)
     partial.unlink(missing_ok=True)
     note(f"Wrote {target}")
-    _warn_of_noise(table)
+    _tell_noisy_entries(table)
     stored = None if push_url is None else _push_built(table, target, push_url)
     if as_json:
         print_json(_head(table) | {"file": str(target), "stored": stored})
@@ -397,7 +397,8 @@ def _print_head(table: LatencyTable) -> None:
         ("dense", None if table.dense_ms is None else f"{table.dense_ms:.3f} ms"),
     ]
     if table.canary_drift is not None:
-        fields.append(("speed of the machine", f"moved by {table.canary_drift:.0%} during the build"))
+        advice = "" if table.is_steady else "; build again on a steadier one"
+        fields.append(("speed of the machine", f"moved by {table.canary_drift:.0%} during the build{advice}"))
     print_fields(fields)
     if table.validation is not None:
         print_fields(_report_fields(table.validation))
@@ -405,20 +406,12 @@ def _print_head(table: LatencyTable) -> None:
         note("Not validated yet: prunefront table validate measures the error of its predictions.")
 
 
-def _warn_of_noise(table: LatencyTable) -> None:
-    """Say which entries are noisy and why, and whether the machine changed its speed."""
-    from latency_tables.build import MAX_CANARY_DRIFT
-
+def _tell_noisy_entries(table: LatencyTable) -> None:
     noisy = table.noisy_entries
     for entry in noisy[:SHOWN_NOISY_ENTRIES]:
         note(f"Warning: {entry.entry} {entry.tokens_in} -> {entry.tokens_out} is noisy: {entry.reason}")
     if len(noisy) > SHOWN_NOISY_ENTRIES:
         note(f"Warning: {len(noisy) - SHOWN_NOISY_ENTRIES} more of {len(table.entries)} entries are noisy")
-    if table.canary_drift is not None and table.canary_drift > MAX_CANARY_DRIFT:
-        note(
-            f"Warning: the machine's speed moved by {table.canary_drift:.0%} during the build (at most "
-            f"{MAX_CANARY_DRIFT:.0%} is usual); let it cool down or fix its clock, and build again."
-        )
 
 
 def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:
