@@ -185,6 +185,7 @@ class LapSamples:
     """Drift-cancelled samples of one subject, by lap name, and how the run around them went."""
 
     laps: dict[str, tuple[float, ...]]  # Milliseconds, one value per run; laps of one name within a run are averaged.
+    totals: tuple[float, ...] = ()  # Of all laps together, one value per run.
     canary_ms: float
     canary_drift: float  # Range of the machine's slowness while it ran: 0.5 where it was once half as fast again.
     foreign_cores: float | None  # That other processes took from the run; None where unknown.
@@ -246,17 +247,20 @@ def interleave(
 
     slowness = _slowness([key for key, _, _ in taken], [total_ms for _, _, total_ms in taken])
     samples: dict[str, dict[str, list[float]]] = {key: {} for key in subjects}
+    totals: dict[str, list[float]] = {key: [] for key in subjects}
     canary_ms = []
     for (taken_key, means, total_ms), factor in zip(taken, slowness, strict=True):
         if taken_key is None:
             canary_ms.append(total_ms / factor)
             continue
+        totals[taken_key].append(total_ms / factor)
         for name, ms in means.items():
             samples[taken_key].setdefault(name, []).append(ms / factor)
     drift = max(slowness) - min(slowness)
     return {
         key: LapSamples(
             laps={name: tuple(values) for name, values in by_name.items()},
+            totals=tuple(totals[key]),
             canary_ms=statistics.median(canary_ms),
             canary_drift=drift,
             foreign_cores=foreign,
@@ -309,12 +313,20 @@ def summarise(
     peak_memory_mib: float | None = None,
     negligible_ms: float = 0.0,
 ) -> Measurement:
-    """Median, spread and percentiles of the samples, and whether they are too noisy to be used.
+    """Median, spread and percentiles of one lap's samples, and whether they are too noisy to be used.
+
+    Where a subject has several laps, the mean over the middle half of its runs, by their totals, stands for the median:
+    laps then add up to what the whole takes. Medians do not, as each leaves out the disturbances of its own runs, and
+    some part of a whole model is disturbed in every run.
 
     Args:
         negligible_ms: A spread that does not matter however large it is beside the median.
     """
     p10, q1, median, q3, p90, p99 = (float(q) for q in np.percentile(samples, (10, 25, 50, 75, 90, 99)))
+    if len(run.laps) > 1:
+        ranked = sorted(range(len(samples)), key=run.totals.__getitem__)
+        outer = len(ranked) // 4
+        median = statistics.fmean(samples[at] for at in ranked[outer : len(ranked) - outer])
     reasons = []
     if q3 - q1 > max(settings.max_relative_iqr * median, negligible_ms):
         reasons.append(
@@ -463,8 +475,27 @@ def _quieter(known: Measurement, new: Measurement) -> Measurement:
     return known if known.iqr_ms * new.median_ms <= new.iqr_ms * known.median_ms else new
 
 
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model behind a runtime already, for what `measure_models` does not prepare itself."""
+
+    forward: Forward
+    module: nn.Module  # What runs, in its dtype: its weights count in the peak memory.
+    runtime: str
+
+
+def prepared_model(module: nn.Module, runtime: str, dtype: str, device: torch.device) -> PreparedModel:
+    """A module behind a runtime as `prunefront.runtimes.prepare` gives it, and what its memory is told with.
+
+    Raises:
+        PrunefrontError: As `prepare` does.
+    """
+    (cast_module,) = cast_modules([module], DTYPES[dtype], device)
+    return PreparedModel(prepare(cast_module, runtime, dtype, device), cast_module, runtime)
+
+
 def measure_models(
-    models: Mapping[str, nn.Module | Forward],
+    models: Mapping[str, nn.Module | PreparedModel | Forward],
     example_inputs: Tensor | Sequence[Tensor],
     *,
     device: str,
@@ -485,7 +516,8 @@ def measure_models(
     returned with state ``noisy`` and the reason.
 
     Args:
-        models: Models by key. Modules are prepared (`prunefront.runtimes.prepare`); other callables must be ready.
+        models: Models by key. Modules are prepared (`prunefront.runtimes.prepare`) for ``runtime``; other callables
+            must be ready, and have no weights that peak memory could count.
         example_inputs: One batch of images, shape (B, C, H, W), or several of one shape that take turns (methods that
             look at the image are as fast as the images let them be). Cast to device and dtype.
         canary: Key of the model that cancels drift and that speed-ups refer to, normally the dense one.
@@ -512,7 +544,7 @@ def measure_models(
         inputs = [batch.to(device=target, dtype=DTYPES[dtype]) for batch in batches]
         # Every warm-up, and so every compilation, is over before the first sample is taken.
         modules = {key: model for key, model in models.items() if isinstance(model, nn.Module)}
-        ready = dict(zip(modules, cast_modules([*modules.values()], DTYPES[dtype], target), strict=True))
+        cast_models = dict(zip(modules, cast_modules([*modules.values()], DTYPES[dtype], target), strict=True))
         subjects: dict[str, Subject] = {}
         memory: dict[str, float | None] = {}
         rounds: dict[str, int] = {}
@@ -521,10 +553,15 @@ def measure_models(
                 raise MeasurementStoppedError(STOPPED)
             if progress is not None:
                 progress(0.5 * number / len(models), 1.0, f"warming up {key}")
-            forward = prepare(ready[key], runtime, dtype, target) if key in ready else cast(Forward, model)
+            ready = prepared_model(cast_models[key], runtime, dtype, target) if key in cast_models else model
+            forward = ready.forward if isinstance(ready, PreparedModel) else cast(Forward, ready)
             subjects[key] = whole_model(forward, inputs)
             sample_ms = warm_up(subjects[key], watch, settings)
-            memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key), runtime)
+            run = partial(forward, inputs[0])
+            if isinstance(ready, PreparedModel):
+                memory[key] = peak_memory_mib(run, target, ready.module, ready.runtime)
+            else:
+                memory[key] = peak_memory_mib(run, target)
             rounds[key] = rounds_for(sample_ms, settings)
 
         def second_half(done: float, total: float, message: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from latency_tables.device import describe_device
-from latency_tables.errors import LatencyTableError
+from latency_tables.errors import ExceedsMemoryError, LatencyTableError
 from latency_tables.predict import check_table_matches, predict_latency_ms
 from latency_tables.schema import LatencyTable, parse_table
 from prunefront.config import ModelSpec
 from prunefront.geometry import ModelGeometry, block_key
+from prunefront.schedule import TokenSchedule
 from search.job_run import JobRun
 from store import TableRecord
 
@@ -101,3 +103,15 @@ def predicted_ms(table: LatencyTable, config: Any) -> float | None:
         return predict_latency_ms(table, config)
     except LatencyTableError:
         return None
+
+
+def latency_or_inf_ms(table: LatencyTable, schedule: TokenSchedule) -> float:
+    """Predicted latency, infinite where the schedule needs what ran out of memory.
+
+    Raises:
+        LatencyTableError: If the table does not cover the schedule otherwise.
+    """
+    try:
+        return predict_latency_ms(table, schedule)
+    except ExceedsMemoryError:
+        return math.inf

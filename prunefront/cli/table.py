@@ -42,7 +42,9 @@ app = typer.Typer(help="Build and use latency tables.", no_args_is_help=True)
 
 SHOWN_NOISY_ENTRIES = 5
 
-TableFile = Annotated[Path, typer.Argument(help="Latency table (JSON).")]
+TableFile = Annotated[
+    Path, typer.Argument(help="Latency table (JSON), or shipped:NAME of one that `prunefront table list` shows.")
+]
 
 
 @app.command("build")
@@ -76,6 +78,7 @@ def build(
     from latency_tables.device import torch_device
     from latency_tables.foreign_cpu import Patience
     from latency_tables.schema import save_table
+    from latency_tables.shipped import refuse_shipped
     from prunefront.cli.connection import connect
     from prunefront.files import require_writable
 
@@ -84,6 +87,7 @@ def build(
             pass  # what is no address is refused before anything is measured
     target = out or Path(f"{model}-{device.replace(':', '')}-{runtime}-{dtype}-b{batch_size}.table.json")
     partial = target.with_name(f"{target.name}.partial")
+    refuse_shipped(target)
     require_writable(target)
     patience = Patience.allowing(max_foreign_cores)
     with progress_bar(f"Table of {model}") as progress:
@@ -108,6 +112,57 @@ def build(
         _print_head(table)
 
 
+@app.command("list")
+def list_shipped(as_json: AsJson = False) -> None:
+    """List the tables that come with prunefront, and which device of this machine each was measured for.
+
+    Use one wherever a table's file is expected, by its name. Searches use it once it is stored with `table push`.
+
+    Example: prunefront table list
+    """
+    from latency_tables.device import local_devices
+    from latency_tables.schema import load_table
+    from latency_tables.shipped import shipped_tables
+
+    here = {info.fingerprint(): name for name, info in local_devices().items()}
+    rows: list[dict[str, Any]] = []
+    for name in shipped_tables():
+        table = load_table(name)
+        rows.append(
+            {
+                "name": name,
+                "device": table.device.name,
+                "threads": table.device.threads,
+                "device_fingerprint": table.device.fingerprint(),
+                "runtime": table.runtime,
+                "dtype": table.dtype,
+                "batch_size": table.batch_size,
+                "model": table.model.name,
+                "block_key": table.block_key,
+                "mape": None if table.validation is None else table.validation.mape,
+                "fits_device": here.get(table.device.fingerprint()),
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        note("No tables come with this version; `prunefront table build` makes one.")
+        return
+    print_table(
+        ["table", "measured on", "error", "fits here"],
+        [
+            (
+                row["name"],
+                row["device"],
+                None if row["mape"] is None else f"{row['mape']:.1%}",
+                row["fits_device"] or "no",
+            )
+            for row in rows
+        ],
+    )
+
+
 @app.command("show")
 def show(file: TableFile, as_json: AsJson = False) -> None:
     """Show what a table was measured for, its entries and the error it may claim.
@@ -128,10 +183,9 @@ def show(file: TableFile, as_json: AsJson = False) -> None:
                 entry.entry,
                 entry.tokens_in,
                 entry.tokens_out,
-                f"{entry.median_ms:.4f}",
-                f"{entry.iqr_ms:.4f}",
+                *((None, None) if entry.median_ms is None else (f"{entry.median_ms:.4f}", f"{entry.iqr_ms:.4f}")),
                 entry.samples,
-                entry.state,
+                entry.state.replace("_", " "),
             )
             for entry in sorted(table.entries, key=lambda entry: entry.key)
         ],
@@ -261,11 +315,13 @@ def validate(
     """
     from latency_tables.foreign_cpu import Patience
     from latency_tables.schema import load_table, save_table
+    from latency_tables.shipped import refuse_shipped
     from latency_tables.validate import validate_table
     from prunefront.files import require_writable
 
     table = load_table(file)
     if write:
+        refuse_shipped(file)
         require_writable(file)
     with progress_bar("Validating") as progress:
         report = validate_table(
@@ -323,6 +379,8 @@ def push(file: TableFile, url: Url = None, as_json: AsJson = False) -> None:
     """Store a table, so that searches use it: on this machine, or in the service at --url.
 
     Example: prunefront table push digit.table.json --url http://127.0.0.1:8000
+
+    Example: prunefront table push shipped:intel-xeon-2.50ghz-2-threads/deit_small_patch16_224-eager-fp32-b8
     """
     stored = _push(_load(file), url)
     if as_json:
@@ -340,8 +398,9 @@ def plot(
     """
     from latency_tables.plot import plot_table
     from latency_tables.schema import load_table
+    from latency_tables.shipped import is_shipped
 
-    target = out or file.with_suffix(".png")
+    target = out or (Path(f"{file.name}.png") if is_shipped(file) else file.with_suffix(".png"))
     plot_table(load_table(file), target)
     note(f"Wrote {target}")
 
@@ -378,6 +437,7 @@ def _head(table: LatencyTable) -> dict[str, Any]:
         "device_fingerprint": table.device.fingerprint(),
         "num_entries": len(table.entries),
         "num_noisy_entries": len(table.noisy_entries),
+        "num_unfit_entries": len(table.unfit_entries),
     }
 
 
@@ -386,6 +446,9 @@ def _measured_for(table: LatencyTable) -> str:
 
 
 def _print_head(table: LatencyTable) -> None:
+    entries = f"{len(table.entries)}, {len(table.noisy_entries)} of them noisy"
+    if table.unfit_entries:
+        entries += f", {len(table.unfit_entries)} out of memory: schedules that need those are refused"
     built = None if table.build_s is None else f"in {table.build_s:.0f} s on {table.created_at:%Y-%m-%d %H:%M} UTC"
     fields: list[tuple[str, object]] = [
         ("table", table.name),
@@ -393,7 +456,7 @@ def _print_head(table: LatencyTable) -> None:
         ("threads", table.device.threads),
         ("blocks of", table.model.name),
         (table.source, built),
-        ("entries", f"{len(table.entries)}, {len(table.noisy_entries)} of them noisy"),
+        ("entries", entries),
         ("dense", None if table.dense_ms is None else f"{table.dense_ms:.3f} ms"),
     ]
     if table.canary_drift is not None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import prunefront
+from latency_tables.device import describe_device
 from latency_tables.foreign_cpu import Patience
-from latency_tables.schema import LatencyTable, load_table
+from latency_tables.schema import LatencyTable, load_table, save_table
+from latency_tables.shipped import file_to_ship
 from prunefront.cli.app import run
 from prunefront.config import load_config
 from prunefront.errors import FileWriteError
-from tests.unit.latency_tables.fakes import simple_table
+from tests.unit.latency_tables.fakes import DEVICE, simple_table
 
 TINY = [
     "--img-size", "32", "--num-classes", "10", "--model-kwarg", "patch_size=8", "--model-kwarg", "embed_dim=48",
@@ -273,6 +275,28 @@ def test_a_device_without_a_name_is_refused(tmp_path: Path, capfd: pytest.Captur
     assert "give it a name" in capfd.readouterr().err
 
 
+def test_entries_that_ran_out_of_memory_are_shown_and_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    csv, table, config = (str(tmp_path / name) for name in ("tiny.csv", "tiny.json", "tome.json"))
+    lines = ["entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples"]
+    lines += [f"{half},{at},{at},2,{at}.5,0.25,30" for half in ("attention", "mlp") for at in (2, 65)]
+    lines += ["block.tome.merge,65,40,2,out_of_memory,,"]
+    Path(csv).write_text("\n".join(lines))
+    line = ["table", "import", csv, "--model", "digit_vit_patch6_48", "--device-name", "phone", "--out", table]
+    assert result(capfd, *line, "--runtime", "onnxruntime")["num_unfit_entries"] == 1
+    assert run(["table", "show", table]) == 0
+    shown = capfd.readouterr().out
+    assert "1 out of memory: schedules that need those are refused" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("block.tome.merge"))
+    assert row.split() == ["block.tome.merge", "65", "40", "–", "–", "0", "out", "of", "memory"]
+    new = ["config", "new", "--model", "digit_vit_patch6_48", "--method", "tome", "--r", "4", "--out", config]
+    assert run(new) == 0
+    capfd.readouterr()
+    assert run(["table", "predict", table, config]) == 2
+    assert "Block 0 needs 'block.tome.merge' on 65 -> 61 tokens, which ran out of memory" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_table_is_built_shown_used_and_drawn(
     tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
@@ -330,6 +354,63 @@ def test_what_no_others_can_take_is_refused(cores: str, tmp_path: Path, capfd: p
     line = ["table", "build", "vit_tiny_patch16_224", "--max-foreign-cores", cores]
     assert run([*line, "--out", str(tmp_path / "t.json")]) == 2
     assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Tables of the tiny model that "come with prunefront", for this machine and for another, by device; the working
+    folder is an empty one."""
+    monkeypatch.setattr("latency_tables.shipped.DATA", tmp_path / "shipped")
+    names = {}
+    for device in (describe_device("cpu"), DEVICE):
+        file = file_to_ship(simple_table(device=device))
+        save_table(simple_table(device=device), file)
+        names[device.name] = f"shipped:{file.parent.name}/{file.stem}"
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return names
+
+
+def test_shipped_tables_are_listed_with_the_device_that_they_fit(
+    shipped: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = {row["name"]: row for row in result(capfd, "table", "list")}
+    assert {row["device"]: name for name, row in rows.items()} == shipped
+    assert rows[shipped[DEVICE.name]]["fits_device"] is None
+    own = rows[shipped[describe_device("cpu").name]]
+    assert (own["fits_device"], own["runtime"], own["dtype"], own["batch_size"]) == ("cpu", "eager", "fp32", 8)
+    assert run(["table", "list"]) == 0
+    assert DEVICE.name in capfd.readouterr().out
+
+
+def test_no_shipped_tables_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latency_tables.shipped.DATA", tmp_path)
+    assert result(capfd, "table", "list") == []
+    assert run(["table", "list"]) == 0
+    assert "`prunefront table build` makes one" in capfd.readouterr().err
+
+
+def test_a_shipped_table_stands_for_a_file_by_its_name(
+    shipped: dict[str, str], tiny_config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = shipped[DEVICE.name]
+    assert result(capfd, "table", "show", name)["device"]["name"] == DEVICE.name
+    (row,) = result(capfd, "table", "predict", name, str(tiny_config))
+    # Stem 5 ms, head 1 ms; attention of 17, 17 and 10 tokens at 2 ms, MLP of 17, 10 and 10 at 3 ms; 4 ms for fusing.
+    assert row["predicted_ms"] == pytest.approx(5 + 1 + 2 * 44 + 3 * 37 + 4)
+    assert result(capfd, "table", "push", name)["block_key"] == simple_table().block_key
+    assert run(["table", "plot", name]) == 0
+    assert [path.name for path in Path.cwd().iterdir()] == ["vit_tiny_patch16_224-eager-fp32-b8.png"]
+
+
+def test_a_validation_is_not_written_into_a_shipped_table(
+    shipped: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latency_tables.validate.validate_table", lambda *args, **options: pytest.fail("worked"))
+    assert run(["table", "validate", shipped[DEVICE.name], "--write"]) == 2
+    assert "comes with prunefront, which is not written to; give a file" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -217,6 +217,28 @@ def test_a_job_ends_or_pauses_on_request_with_its_task(store, settings, monkeypa
         assert len(engine.evaluated) == len(set(engine.evaluated)) + _finetuned(store, job_id)
 
 
+def test_methods_that_ran_out_of_memory_are_left_out_and_the_rest_is_searched(store, settings):
+    engine = FakeEngine(unfit_entries=("block.tome.merge",))
+    job = run_to_end(store, engine, settings, search_body(space={"methods": ["evit", "tome", "hybrid"]}))
+    assert job.state is JobState.SUCCEEDED, job.failure
+    (left_out,) = [e.payload for e in store.events_after(job.id, 0, 500) if e.type == "methods_left_out"]
+    assert left_out["methods"] == ["tome"]
+    assert "ran out of memory at batch size" in left_out["message"]
+    proposed = [c for c in store.list_candidates(job.id) if c.origin == "sampler"]
+    assert proposed and all(c.predicted_ms is not None and c.predicted_ms > 0 for c in proposed)
+    assert "tome" not in {c.config["method"] for c in proposed}
+    # Hybrid merges as ToMe does; its other operations are proposed.
+    assert not any(site["op"] == "merge" for c in proposed for site in c.config["sites"])
+
+
+@pytest.mark.parametrize("entry", ["mlp", "block.tome.merge"])
+def test_a_search_in_which_nothing_fits_fails_with_one_sentence(store, settings, entry):
+    engine = FakeEngine(unfit_entries=(entry,))
+    job = run_to_end(store, engine, settings, search_body(space={"methods": ["tome"]}))
+    assert job.state is JobState.FAILED
+    assert "memory" in job.failure["message"] and "smaller batch size" in job.failure["message"]
+
+
 def test_a_task_lost_twice_is_run_again_without_what_it_had_finished(store, settings):
     engine = FakeEngine(lose_after_items={"evaluate": [3, 2], "measure": [1], "calibrate": [0]})
     job = run_to_end(store, engine, settings, search_body(budget={"finetune_top": 0}))

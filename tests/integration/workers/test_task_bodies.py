@@ -211,6 +211,8 @@ def test_measuring_reports_each_candidate_and_the_dense_model(engine: LocalEngin
         assert measurement["state"] in ("ok", "noisy")
     for measurement in items.values():
         assert measurement["speedup"] == pytest.approx(measurement["canary_ms"] / measurement["median_ms"])
+        # Three blocks of 12 · 48² weights, whatever the images.
+        assert measurement["peak_memory_mib"] is None or measurement["peak_memory_mib"] > 3 * 12 * 48**2 * 4 / 2**20
 
 
 class TickingStopwatch:
