@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from latency_tables.correction import WholeModel, fit_correction
 from latency_tables.device import DeviceInfo, describe_device, torch_device
-from latency_tables.errors import ExceedsMemoryError, LatencyTableError, MeasurementStoppedError
+from latency_tables.errors import DisturbedError, ExceedsMemoryError, LatencyTableError, MeasurementStoppedError
+from latency_tables.foreign_cpu import CpuWatch, LinuxCpuWatch, Patience
 from latency_tables.interpolation import Curve, interpolate
 from latency_tables.measure import (
     MIB,
@@ -48,7 +49,7 @@ from latency_tables.measure import (
     whole_model,
 )
 from latency_tables.out_of_memory import free_memory, if_it_fits
-from latency_tables.partial import FinishedGroup, PartialFile, rescaled
+from latency_tables.partial import FinishedGroup, PartialFile, canary_drift, rescaled
 from latency_tables.parts import (
     ATTENTION,
     HEAD,
@@ -106,6 +107,8 @@ class BuildSettings:
     blocks: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=40, target_s=0.5)
     reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=20, target_s=0.15)
     models: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=40, target_s=1.0)
+    # With processes that take CPU from the measurements; None measures beside them and marks what they disturb.
+    patience: Patience | None = Patience()
 
     def token_counts(self, geometry: ModelGeometry) -> list[int]:
         """First token counts of the halves of a block, ascending; prefix tokens counted."""
@@ -189,6 +192,7 @@ def build_table(
     should_stop: ShouldStop | None = None,
     settings: BuildSettings | None = None,
     stopwatch: Stopwatch | None = None,
+    cpu: CpuWatch | None = None,
 ) -> LatencyTable:
     """Measure the table of a model's blocks on this machine.
 
@@ -203,11 +207,13 @@ def build_table(
         progress: Told the share done (of 1.0); the message ends with the time left.
         should_stop: Asked between samples.
         settings: What to measure, in place of `settings_for`'s choice.
-        stopwatch: Injected by tests.
+        stopwatch, cpu: Injected by tests.
 
     Raises:
         LatencyTableError: If this machine has no such device, the dense model runs out of memory, or the partial file
             belongs to another build.
+        DisturbedError: If other processes take CPU from it for longer than ``settings.patience`` lasts; finished
+            entries are in the partial file, and nothing that they disturbed.
         MeasurementStoppedError: When stopped; finished entries are in the partial file.
         ConfigError: If the runtime does not run on the device.
         ModelError, UnknownNameError: If the model is not supported; if it, the runtime or the dtype is unknown.
@@ -225,11 +231,18 @@ def build_table(
             info=describe_device(device),
             settings=settings or settings_for(target, runtime),
             stopwatch=stopwatch or stopwatch_for(target),
+            cpu=cpu or LinuxCpuWatch(target),
             progress=progress,
             should_stop=should_stop,
         )
         with measuring(target):
             return build.run(partial_path)
+    except DisturbedError as error:
+        if partial_path is None:
+            raise
+        raise DisturbedError(
+            f"{error} Finished entries are kept in {partial_path}; the same build goes on there."
+        ) from error
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -293,11 +306,12 @@ class _Build:
         info: DeviceInfo,
         settings: BuildSettings,
         stopwatch: Stopwatch,
+        cpu: CpuWatch,
         progress: Progress | None,
         should_stop: ShouldStop | None,
     ) -> None:
         self.spec, self.device, self.runtime, self.dtype, self.batch_size = spec, device, runtime, dtype, batch_size
-        self.info, self.settings, self.stopwatch = info, settings, stopwatch
+        self.info, self.settings, self.stopwatch, self.cpu = info, settings, stopwatch, cpu
         self._progress, self._should_stop = progress, should_stop
         self._started = time.monotonic()
         self._skipped_share = 0.0
@@ -341,6 +355,11 @@ class _Build:
             logger.warning(
                 "%d of %d entries are noisy; measure again on a quieter machine", len(noisy), len(table.entries),
                 extra={"action": "build_table", "noisy_entries": len(noisy), "reason": noisy[0].reason},
+            )  # fmt: skip
+        if table.canary_drift is not None and not table.is_steady:
+            logger.warning(
+                "the machine's speed moved by %.0f%% during the build; measure again on a steadier one",
+                100 * table.canary_drift, extra={"action": "build_table", "canary_drift": table.canary_drift},
             )  # fmt: skip
         self._report("whole models", 1.0, "done")
         return table
@@ -417,8 +436,9 @@ class _Build:
         dense_ms = dict(self.stopwatch.sample(subject))[WHOLE]
         measured = measure_subjects(
             {PROBE: subject}, canary=subject, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
-            negligible_ms=0.02 * dense_ms / self.geometry.depth, should_stop=self._should_stop,
-            progress=lambda done, total, message: self._report("whole models", done / total, f"measuring {message}"),
+            negligible_ms=0.02 * dense_ms / self.geometry.depth, cpu=self.cpu, patience=self.settings.patience,
+            progress=lambda done, total, message: self._report("whole models", done / total, message),
+            should_stop=self._should_stop,
         )[PROBE]  # fmt: skip
         idle_ms = measured[IDLE].median_ms
         laps = {name: one.less(idle_ms) for name, one in measured.items()}
@@ -563,6 +583,7 @@ class _Build:
             created_at=datetime.now(UTC),
             build_s=round(sum(group.seconds for group in self.partial.groups), 1),
             dense_ms=canary_ms,
+            canary_drift=canary_drift(self.partial.groups),
             weights=self._weights(),
             entries=tuple(sorted(entries, key=lambda entry: entry.key)),
         )
@@ -765,14 +786,14 @@ class _Build:
         """Measurements by subject and lap, and the canary's latency that they all refer to."""
 
         def report(done: float, total: float, message: str) -> None:
-            self._report(stage, start + (end - start) * done / total, f"measuring {message}")
+            self._report(stage, start + (end - start) * done / total, message)
 
         # A spread of 2 % of what a block costs on average does not matter, however little the entry itself takes.
         canary_ms = sum(ms for _, ms in self.stopwatch.sample(self.canary))
         measured = measure_subjects(
             subjects, canary=self.canary, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
             peak_memory=memory, negligible_ms=0.02 * canary_ms / self.geometry.depth,
-            progress=report, should_stop=self._should_stop,
+            cpu=self.cpu, patience=self.settings.patience, progress=report, should_stop=self._should_stop,
         )  # fmt: skip
         # Attempts differ in how fast the machine was.
         reference_ms = statistics.median(one.canary_ms for laps in measured.values() for one in laps.values())

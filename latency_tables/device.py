@@ -142,7 +142,14 @@ def usable_threads() -> int:
 
 def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
     """CPUs that the control group grants, or None without a limit; the tightest level of the tree counts."""
-    quotas: list[float] = []
+    return min(cgroup_cpu_quotas(root, membership).values(), default=None)
+
+
+def cgroup_cpu_quotas(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> dict[Path, float]:
+    """CPUs that each level of the control group's tree grants, by its folder; levels without a limit are left out."""
+    quotas: dict[Path, float] = {}
     for line in _read(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         base = root if not controllers else root / "cpu"
@@ -157,8 +164,8 @@ def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Pat
                 limit = _read(folder / "cpu.cfs_quota_us").strip()
                 period = _read(folder / "cpu.cfs_period_us").strip()
             if limit.isdecimal() and period.isdecimal() and int(limit) > 0 and int(period) > 0:
-                quotas.append(int(limit) / int(period))
-    return min(quotas, default=None)
+                quotas[folder] = int(limit) / int(period)
+    return quotas
 
 
 def _with_parents(base: Path, path: str) -> list[Path]:

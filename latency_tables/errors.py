@@ -2,8 +2,9 @@
 
 PrunefrontError
 ├── LatencyTableError        a table that is malformed, made for something else, or lacks what is asked of it
-│   └── UnmeasuredTokensError  a schedule needs more or fewer tokens than the table was measured for
-│       └── ExceedsMemoryError   a schedule needs what ran out of memory while the table was measured
+│   ├── UnmeasuredTokensError  a schedule needs more or fewer tokens than the table was measured for
+│   │   └── ExceedsMemoryError   a schedule needs what ran out of memory while the table was measured
+│   └── DisturbedError         other processes take CPU from measuring, and did not end in time
 └── MeasurementStoppedError  the caller's ``should_stop`` said so; finished entries are kept in the partial file
 """
 
@@ -22,6 +23,10 @@ class UnmeasuredTokensError(LatencyTableError):
 
 class ExceedsMemoryError(UnmeasuredTokensError):
     """A schedule that needs what ran out of memory while the table was measured."""
+
+
+class DisturbedError(LatencyTableError):
+    """Measuring that was given up, as other processes took CPU from it and did not end in time."""
 
 
 class MeasurementStoppedError(PrunefrontError, RuntimeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,15 @@ def _parse_group(document: dict[str, Any]) -> FinishedGroup:
         # Older builds knew none.
         unfit_models=tuple(PruneConfig.model_validate(config) for config in document.get("unfit_models", ())),
     )
+
+
+def canary_drift(groups: Sequence[FinishedGroup]) -> float | None:
+    """How much the machine's speed moved between the groups: range of the canaries over their median.
+
+    None for a single group, which says nothing about that; groups that timed nothing do not count.
+    """
+    canaries = [group.canary_ms for group in groups if group.canary_ms is not None]
+    return (max(canaries) - min(canaries)) / statistics.median(canaries) if len(canaries) > 1 else None
 
 
 def rescaled(

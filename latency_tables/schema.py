@@ -29,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 TABLE_FORMAT: Final = "prunefront/latency-table/1"
+MAX_CANARY_DRIFT = 0.25  # Of a table to trust: its runs are brought to one speed, as if all parts changed theirs alike.
 
 # What a table may be of: what can be measured here, and what can be imported.
 Runtime = Literal[MeasuredRuntime, "tensorrt"]
@@ -166,6 +167,11 @@ class LatencyTable(StrictModel):
     created_at: datetime
     build_s: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Seconds the build took.")
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model beside the entries (canary).")
+    canary_drift: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Range of the dense model's medians in the runs of the build, over their median: how much the "
+        "machine's speed moved meanwhile. Null where there was one run.",
+    )
     weights: WeightMemory | None = Field(
         default=None, description="What peak memory is predicted with; null where the table does not tell memory."
     )
@@ -215,6 +221,11 @@ class LatencyTable(StrictModel):
     @property
     def noisy_entries(self) -> tuple[LatencyEntry, ...]:
         return tuple(entry for entry in self.entries if entry.state == "noisy")
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the machine kept about its speed during the build."""
+        return self.canary_drift is None or self.canary_drift <= MAX_CANARY_DRIFT
 
     @property
     def unfit_entries(self) -> tuple[LatencyEntry, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from latency_tables.device import describe_device, torch_device
 from latency_tables.errors import ExceedsMemoryError, LatencyTableError
+from latency_tables.foreign_cpu import CpuWatch, Patience
 from latency_tables.measure import (
     Measurement,
     MeasureSettings,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 DENSE = "dense"
 SCHEDULES_PER_RUN = 10  # Measured against each other at once; a run is short enough for the machine to stay as it is.
 SETTINGS = MeasureSettings(warmup_rounds=2, min_rounds=8, max_rounds=40, target_s=1.0)
+PATIENCE = Patience()
 
 
 def validate_table(
@@ -50,7 +52,9 @@ def validate_table(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
     settings: MeasureSettings = SETTINGS,
+    patience: Patience | None = PATIENCE,
     stopwatch: Stopwatch | None = None,
+    cpu: CpuWatch | None = None,
 ) -> ValidationReport:
     """Measure random schedules of all methods, spread over 30-100 % of the dense latency, and compare.
 
@@ -65,10 +69,14 @@ def validate_table(
         spec: Another model of the same blocks; the table's own by default.
         methods: Restrict to these; all that the table has entries for by default.
         progress: Told schedules done of ``num_schedules``.
+        patience: With processes that take CPU from the measurements; None measures beside them, and counts what they
+            disturb as noisy.
+        stopwatch, cpu: Injected by tests.
 
     Raises:
         LatencyTableError: If the table is not for this machine, or was made for a runtime that cannot run here; an
             `ExceedsMemoryError` if no schedule fits into memory.
+        DisturbedError: If ``patience`` ended.
         MeasurementStoppedError: When stopped.
     """
     if num_schedules < 1 or not 0 <= seed < 2**32:
@@ -121,6 +129,8 @@ def validate_table(
             canary=DENSE,
             settings=settings,
             stopwatch=stopwatch,
+            cpu=cpu,
+            patience=patience,
             seed=start,
             progress=_shifted(progress, start, len(chosen), len(configs)),
             should_stop=should_stop,
@@ -224,7 +234,11 @@ def _shifted(progress: Progress | None, start: int, count: int, total: int) -> P
     if progress is None:
         return None
 
+    reached = 0.0
+
     def report(done: float, of: float, message: str) -> None:
-        progress(start + count * done / of, total, message)
+        nonlocal reached
+        reached = max(reached, done / of)  # What is measured again starts from nothing.
+        progress(start + count * reached, total, message)
 
     return report

@@ -61,6 +61,7 @@ def build_table(
     *,
     detail: str = "full",
     validate_schedules: int = 0,
+    max_foreign_cores: float | None = None,
 ) -> tuple[TableRecord, LatencyTable]:
     """Measure a table in a task and store it; an interrupted build goes on where it was."""
     partial_path = run.folder / "table.partial.json"
@@ -74,6 +75,7 @@ def build_table(
             "detail": detail,
             "partial_path": str(partial_path),
             "validate_schedules": validate_schedules,
+            "max_foreign_cores": max_foreign_cores,
         },
         stage="table",
         exclusive=True,

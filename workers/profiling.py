@@ -9,7 +9,9 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from latency_tables.build import build_table, quick_settings
+from latency_tables.build import build_table, quick_settings, settings_for
+from latency_tables.device import torch_device
+from latency_tables.foreign_cpu import Patience
 from latency_tables.measure import Measurement, PreparedModel, measure_models, prepared_model
 from latency_tables.validate import validate_table
 from prunefront.runtimes import DTYPES, SLOW_TO_PREPARE
@@ -36,18 +38,24 @@ def run_table(payload: JsonDict, context: TaskContext) -> JsonDict:
 
     Returns:
         ``{"table": LatencyTable document}``.
+
+    Raises:
+        DisturbedError: If other processes take CPU from it and do not end; the partial file keeps what is finished.
     """
     task = parse_payload(TablePayload, payload)
     prepare_device(context.device)
     share = VALIDATION_SHARE if task.validate_schedules else 1.0
+    patience = Patience.allowing(task.max_foreign_cores)
+    # Where each point takes seconds to prepare, tables take few anyway.
+    is_quick = task.detail == "quick" and task.runtime not in SLOW_TO_PREPARE
+    settings = quick_settings() if is_quick else settings_for(torch_device(context.device), task.runtime)
     table = build_table(
         task.model,
         device=context.device,
         runtime=task.runtime,
         dtype=task.dtype,
         batch_size=task.batch_size,
-        # Where each point takes seconds to prepare, tables take few anyway.
-        settings=quick_settings() if task.detail == "quick" and task.runtime not in SLOW_TO_PREPARE else None,
+        settings=replace(settings, patience=patience),
         partial_path=task.partial_path,
         progress=_part(context, 0.0, share),
         should_stop=context.should_stop,
@@ -57,6 +65,7 @@ def run_table(payload: JsonDict, context: TaskContext) -> JsonDict:
             table,
             num_schedules=task.validate_schedules,
             seed=task.seed,
+            patience=patience,
             progress=_part(context, share, 1.0),
             should_stop=context.should_stop,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from prunefront.cli.options import (
     Device,
     DtypeOption,
     ImgSize,
+    MaxForeignCores,
     ModelKwargs,
     NumClasses,
     RuntimeOption,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build and use latency tables.", no_args_is_help=True)
 
+SHOWN_NOISY_ENTRIES = 5
+
 TableFile = Annotated[
     Path, typer.Argument(help="Latency table (JSON), or shipped:NAME of one that `prunefront table list` shows.")
 ]
@@ -54,6 +57,7 @@ def build(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
+    max_foreign_cores: MaxForeignCores = None,
     out: Annotated[Path | None, typer.Option(help="File to write; named after model and device when left out.")] = None,
     push_url: Annotated[
         str | None,
@@ -64,12 +68,15 @@ def build(
     """Measure a model's blocks at many token counts and write the table.
 
     An interrupted build goes on where it was: what is finished stays in a file beside the table until that is written.
+    While other processes take CPU from it, it waits; when they go on, it ends and stores nothing they disturbed.
 
     Example: prunefront table build deit_small_patch16_224 --batch-size 8
 
     Example: prunefront table build deit_small_patch16_224 --device cuda --push http://192.168.0.10:8000
     """
-    from latency_tables.build import build_table
+    from latency_tables.build import build_table, settings_for
+    from latency_tables.device import torch_device
+    from latency_tables.foreign_cpu import Patience
     from latency_tables.schema import save_table
     from latency_tables.shipped import refuse_shipped
     from prunefront.cli.connection import connect
@@ -82,6 +89,7 @@ def build(
     partial = target.with_name(f"{target.name}.partial")
     refuse_shipped(target)
     require_writable(target)
+    patience = Patience.allowing(max_foreign_cores)
     with progress_bar(f"Table of {model}") as progress:
         table = build_table(
             model_spec(model, img_size, num_classes, model_kwarg),
@@ -91,10 +99,12 @@ def build(
             batch_size=batch_size,
             partial_path=partial,
             progress=progress,
+            settings=replace(settings_for(torch_device(device), runtime), patience=patience),
         )
     save_table(table, target)
     partial.unlink(missing_ok=True)
     note(f"Wrote {target}")
+    _tell_noisy_entries(table)
     stored = None if push_url is None else _push_built(table, target, push_url)
     if as_json:
         print_json(_head(table) | {"file": str(target), "stored": stored})
@@ -296,12 +306,14 @@ def validate(
     schedules: Annotated[int, typer.Option(min=1, help="Held-out schedules to measure.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Which schedules are drawn.")] = 0,
     write: Annotated[bool, typer.Option("--write", help="Store the report in the table's file.")] = False,
+    max_foreign_cores: MaxForeignCores = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure whole models that the table has not seen and compare them with its predictions.
 
     Example: prunefront table validate digit.table.json --schedules 50
     """
+    from latency_tables.foreign_cpu import Patience
     from latency_tables.schema import load_table, save_table
     from latency_tables.shipped import refuse_shipped
     from latency_tables.validate import validate_table
@@ -312,7 +324,9 @@ def validate(
         refuse_shipped(file)
         require_writable(file)
     with progress_bar("Validating") as progress:
-        report = validate_table(table, num_schedules=schedules, seed=seed, progress=progress)
+        report = validate_table(
+            table, num_schedules=schedules, seed=seed, progress=progress, patience=Patience.allowing(max_foreign_cores)
+        )
     if write:
         save_table(table.evolve(validation=report), file)
         note(f"Wrote {file}")
@@ -445,11 +459,22 @@ def _print_head(table: LatencyTable) -> None:
         ("entries", entries),
         ("dense", None if table.dense_ms is None else f"{table.dense_ms:.3f} ms"),
     ]
+    if table.canary_drift is not None:
+        advice = "" if table.is_steady else "; build again on a steadier one"
+        fields.append(("speed of the machine", f"moved by {table.canary_drift:.0%} during the build{advice}"))
     print_fields(fields)
     if table.validation is not None:
         print_fields(_report_fields(table.validation))
     else:
         note("Not validated yet: prunefront table validate measures the error of its predictions.")
+
+
+def _tell_noisy_entries(table: LatencyTable) -> None:
+    noisy = table.noisy_entries
+    for entry in noisy[:SHOWN_NOISY_ENTRIES]:
+        note(f"Warning: {entry.entry} {entry.tokens_in} -> {entry.tokens_out} is noisy: {entry.reason}")
+    if len(noisy) > SHOWN_NOISY_ENTRIES:
+        note(f"Warning: {len(noisy) - SHOWN_NOISY_ENTRIES} more of {len(table.entries)} entries are noisy")
 
 
 def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:

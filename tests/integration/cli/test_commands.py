@@ -12,7 +12,8 @@ import torch
 
 import prunefront
 from latency_tables.device import describe_device
-from latency_tables.schema import save_table
+from latency_tables.foreign_cpu import Patience
+from latency_tables.schema import LatencyTable, load_table, save_table
 from latency_tables.shipped import file_to_ship
 from prunefront.cli.app import run
 from prunefront.config import load_config
@@ -23,6 +24,7 @@ TINY = [
     "--img-size", "32", "--num-classes", "10", "--model-kwarg", "patch_size=8", "--model-kwarg", "embed_dim=48",
     "--model-kwarg", "depth=3", "--model-kwarg", "num_heads=3",
 ]  # fmt: skip
+BESIDE_ALL = ["--max-foreign-cores", "1000"]  # other tests may run on this machine
 
 
 @pytest.fixture(autouse=True)
@@ -302,19 +304,56 @@ def test_a_table_is_built_shown_used_and_drawn(
     table = tmp_path / "tiny.table.json"
 
     built = result(
-        capfd, "table", "build", "vit_tiny_patch16_224", *TINY, "--batch-size", "2", "--out", str(table)
+        capfd, "table", "build", "vit_tiny_patch16_224", *TINY, "--batch-size", "2", "--out", str(table), *BESIDE_ALL
     )  # fmt: skip
 
     assert built["num_entries"] == len(result(capfd, "table", "show", str(table))["entries"])
     (predicted,) = result(capfd, "table", "predict", str(table), str(tiny_config))
     assert 0 < predicted["predicted_ms"] < 10 * predicted["dense_predicted_ms"]
     assert predicted["predicted_memory_mib"] > 0.3  # 95 thousand parameters of four bytes
-    assert result(capfd, "table", "validate", str(table), "--schedules", "2", "--write")["num_schedules"] == 2
+    report = result(capfd, "table", "validate", str(table), "--schedules", "2", "--write", *BESIDE_ALL)
+    assert report["num_schedules"] == 2
     assert run(["table", "plot", str(table), "--out", str(tmp_path / "table.png")]) == 0
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert run(["table", "show", str(table)]) == 0
     assert "mean absolute error" in capfd.readouterr().out
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_built_table_says_which_entries_are_noisy_and_that_the_machine_changed_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = simple_table(canary_drift=0.4)
+    reason = "after 3 attempts the interquartile range is 40% of the median"
+    noisy = [entry.model_copy(update={"state": "noisy", "reason": reason}) for entry in table.entries[:7]]
+    table = table.evolve(entries=(*noisy, *table.entries[7:]))
+    asked: list[Any] = []
+
+    def build(*_: Any, settings: Any, **__: Any) -> LatencyTable:
+        asked.append(settings.patience)
+        return table
+
+    monkeypatch.setattr("latency_tables.build.build_table", build)
+    out = tmp_path / "noisy.table.json"
+    line = ["table", "build", "vit_tiny_patch16_224", "--out", str(out)]
+    capfd.readouterr()
+    assert run([*line, "--max-foreign-cores", "1.5"]) == 0
+    shown = capfd.readouterr()
+    assert f"Warning: attention 2 -> 2 is noisy: {reason}" in shown.err
+    assert "Warning: 2 more of 20 entries are noisy" in shown.err
+    assert "20, 7 of them noisy" in shown.out
+    assert "moved by 40% during the build; build again on a steadier one" in shown.out
+    assert load_table(out).canary_drift == 0.4
+    assert run(line) == 0
+    assert asked == [Patience(max_foreign_cores=1.5), Patience()]
+
+
+@pytest.mark.parametrize("cores", ["-1", "inf", "nan"])
+def test_what_no_others_can_take_is_refused(cores: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    line = ["table", "build", "vit_tiny_patch16_224", "--max-foreign-cores", cores]
+    assert run([*line, "--out", str(tmp_path / "t.json")]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_parts_that_do_not_fit_are_marked_and_the_build_goes_on(
     tried = exhausted.times
     assert build(partial_path=path).entries == table.entries
     assert exhausted.times == tried
-    report = validate_table(table, num_schedules=6, settings=ONCE, stopwatch=WorkStopwatch())
+    report = validate_table(table, num_schedules=6, settings=ONCE, patience=None, stopwatch=WorkStopwatch())
     assert report.num_schedules == 6
     assert report.mape < 0.02
     assert "tome" not in {point.config.method for point in report.points}
@@ -120,14 +120,14 @@ def test_token_counts_are_refined_towards_where_memory_ends(
     assert table.correction.num_models == 0
     assert "The table goes without a correction: Block 0 needs 'attention' on 17 tokens" in caplog.text
     with pytest.raises(ExceedsMemoryError, match="The model needs 'attention' on 17 tokens"):
-        validate_table(table, num_schedules=2, settings=ONCE, stopwatch=WorkStopwatch())
+        validate_table(table, num_schedules=2, settings=ONCE, patience=None, stopwatch=WorkStopwatch())
 
 
 def build_compiled() -> LatencyTable:
     """With a compiler that changes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prunefront.runtimes.RUNTIMES, "compile", EagerForward)
-        settings = dataclasses.replace(settings_for(torch.device("cpu"), "compile"), blocks=ONCE)
+        settings = dataclasses.replace(settings_for(torch.device("cpu"), "compile"), blocks=ONCE, patience=None)
         return build_table(TINY, runtime="compile", batch_size=2, settings=settings, stopwatch=WorkStopwatch())
 
 
@@ -229,13 +229,15 @@ def test_whole_models_that_do_not_fit_are_left_out_of_a_validation(
     drop_from_memory(monkeypatch, validate_module, lambda config: config.method != "evit")
     with caplog.at_level(logging.WARNING):
         report = validate_table(
-            table, num_schedules=4, methods=["evit", "tome"], settings=ONCE, stopwatch=WorkStopwatch()
+            table, num_schedules=4, methods=["evit", "tome"], settings=ONCE, patience=None, stopwatch=WorkStopwatch()
         )
     assert report.num_schedules == 2
     assert {point.config.method for point in report.points} == {"tome"}
     assert caplog.text.count("is left out") == 2
     with pytest.raises(ExceedsMemoryError, match="None of 2 held-out schedules of .* fits into memory at batch size 2"):
-        validate_table(table, num_schedules=2, methods=["evit"], settings=ONCE, stopwatch=WorkStopwatch())
+        validate_table(
+            table, num_schedules=2, methods=["evit"], settings=ONCE, patience=None, stopwatch=WorkStopwatch()
+        )
 
 
 @pytest.mark.parametrize("error", [CUDA, CPU])

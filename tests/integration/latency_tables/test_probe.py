@@ -44,7 +44,7 @@ def table() -> LatencyTable:
     """Of a device whose latency is its work, and a compiler that changes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prunefront.runtimes.RUNTIMES, "compile", EagerForward)
-        settings = dataclasses.replace(settings_for(CPU, "compile"), blocks=ONCE)
+        settings = dataclasses.replace(settings_for(CPU, "compile"), blocks=ONCE, patience=None)
         return build_table(TINY, runtime="compile", batch_size=2, settings=settings, stopwatch=WorkStopwatch())
 
 
@@ -109,7 +109,9 @@ def test_compiled_models_of_all_methods_are_predicted_on_a_device_without_noise(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prunefront.runtimes.RUNTIMES, "compile", EagerForward)
-        report = validate_table(table, num_schedules=15, seed=1, settings=ONCE, stopwatch=WorkStopwatch())
+        report = validate_table(
+            table, num_schedules=15, seed=1, settings=ONCE, patience=None, stopwatch=WorkStopwatch()
+        )
     assert len({point.config.method for point in report.points}) >= 5
     assert report.mape < 0.03
     assert report.kendall_tau is not None and report.kendall_tau > 0.9

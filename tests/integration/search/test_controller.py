@@ -153,11 +153,13 @@ def test_a_table_job_stores_a_table(store, settings):
 def test_a_table_job_tells_its_task_how_much_to_measure(store, settings, asked, detail, schedules):
     engine = FakeEngine()
     place = {"runtime": "compile", "dtype": "bf16", "batch_size": 3}
-    job = run_to_end(store, engine, settings, {"kind": "table", "model": TINY, **place, **asked})
+    body = {"kind": "table", "model": TINY, **place, **asked, "max_foreign_cores": 1.5}
+    job = run_to_end(store, engine, settings, body)
     assert job.state is JobState.SUCCEEDED, job.failure
     (spec,) = engine.submitted
     payload = parse_payload(TablePayload, spec.payload)
     assert (payload.detail, payload.validate_schedules) == (detail, schedules)
+    assert payload.max_foreign_cores == 1.5
     assert (payload.runtime, payload.dtype, payload.batch_size) == ("compile", "bf16", 3)
     assert payload.model == ModelSpec.model_validate(TINY)
     assert payload.partial_path.is_relative_to(settings.artifacts_dir / job.id), "where the next controller looks"

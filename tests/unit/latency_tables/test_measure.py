@@ -198,12 +198,12 @@ def test_a_measurement_is_brought_to_another_speed_of_the_machine() -> None:
     assert small.speedup == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize(("foreign_cpu", "state"), [(None, "ok"), (0.1, "ok"), (0.5, "noisy")])
-def test_a_steady_neighbour_makes_a_run_noisy_though_it_leaves_no_spread(foreign_cpu: float | None, state: str) -> None:
-    run = LapSamples(laps={}, canary_ms=10.0, canary_drift=0.0, foreign_cpu=foreign_cpu)
+@pytest.mark.parametrize(("cores", "state"), [(None, "ok"), (0.1, "ok"), (0.5, "noisy")])
+def test_a_steady_neighbour_makes_a_run_noisy_though_it_leaves_no_spread(cores: float | None, state: str) -> None:
+    run = LapSamples(laps={}, canary_ms=10.0, canary_drift=0.0, foreign_cores=cores)
     measured = summarise([4.0] * 10, run, MeasureSettings())
     assert measured.state == state
-    assert ("other processes used 50% of the CPU" in (measured.reason or "")) == (state == "noisy")
+    assert ("other processes took 0.50 cores" in (measured.reason or "")) == (state == "noisy")
 
 
 def test_a_canary_that_moves_too_much_makes_a_run_noisy() -> None:
