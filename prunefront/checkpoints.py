@@ -79,9 +79,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
     if reshaped:
         problems.append(_some(reshaped))
     if problems:
+        advice = "Check model name, image size and number of classes."
+        if any(name.startswith(f"{PREDICTORS}.") for name in state) and not learned:
+            advice = "It is of a compressed model with learned parts: name its config, or load it with load_model."
         raise CheckpointError(
-            f"Checkpoint {os.fspath(path)} does not fit {type(model).__name__}: {'; '.join(problems)}. "
-            "Check model name, image size and number of classes."
+            f"Checkpoint {os.fspath(path)} does not fit {type(model).__name__}: {'; '.join(problems)}. {advice}"
         )
     model.load_state_dict(state, strict=False)
     untrained = () if has_learned else tuple(sorted(learned))

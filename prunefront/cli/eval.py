@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from prunefront.training.distributed import World
     from prunefront.training.evaluate import Evaluation
 
+SAVED_SUFFIX = ".safetensors"
+
 
 def evaluate(
     dataset: Annotated[str, typer.Option(help="Dataset id; see prunefront data inspect.")],
@@ -120,6 +122,11 @@ def evaluate(
             f"{misplaced[0]} belongs to --official. Leave it out."
             if misplaced
             else "--official names the weights itself. Leave out --checkpoint."
+        )
+    if checkpoint is not None and what is not None and what.endswith(SAVED_SUFFIX):
+        raise ConfigError(
+            f"{what} is a saved model with weights of its own. Leave out --checkpoint, or name a config to load other "
+            "weights into."
         )
     _, num_processes, local_rank = place_of_process()
     if throughput and num_processes > 1:
@@ -231,14 +238,15 @@ def _models(
     from prunefront.geometry import geometry_for
     from prunefront.schedule import plan_schedule
 
-    if what.endswith(".safetensors"):
+    if what.endswith(SAVED_SUFFIX):
         model = prunefront.load_model(what)
         return model, prunefront.uncompress(model)
     if what.endswith(CONFIG_SUFFIXES) or Path(what).is_file():
         config = prunefront.load_config(what)
         plan_schedule(config)
-        dense = prunefront.create_dense(config.model, pretrained=checkpoint is None, checkpoint=checkpoint)
-        return prunefront.compress(dense, config), dense
+        # Into the compressed model: the file may hold learned parts.
+        model = prunefront.create_model(config, pretrained=checkpoint is None, checkpoint=checkpoint)
+        return model, prunefront.uncompress(model)
     spec = model_spec(what, img_size, num_classes, kwargs)
     geometry_for(spec)
     return prunefront.create_dense(spec, pretrained=checkpoint is None, checkpoint=checkpoint), None

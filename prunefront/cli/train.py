@@ -138,6 +138,8 @@ def train(
     from prunefront.training.outcome import without_accuracy
     from prunefront.training.schedules import merged_config
 
+    if checkpoint is not None and pretrained is not None:
+        raise ConfigError("Training starts from one thing: give --checkpoint, --pretrained or --scratch.")
     place = _place(device)
     check_dataset(dataset, needs_train=True)
     require_writable(out / CHECKPOINT_NAME)
@@ -472,8 +474,6 @@ def _start(
 ) -> Path | bool:
     """What training starts from: a file, timm's weights (True) or random ones (False)."""
     if checkpoint is not None:
-        if pretrained is not None:
-            raise ConfigError("Training starts from one thing: give --checkpoint, --pretrained or --scratch.")
         return checkpoint
     if pretrained is not None:
         return pretrained

@@ -451,6 +451,34 @@ def test_counts_of_real_images_give_the_spread_of_latency(
     assert f" {row['distribution']['p95_ms']:.3f} " in capfd.readouterr().out
 
 
+def test_a_config_is_evaluated_with_the_trained_selectors_of_a_checkpoint(
+    adaptive: tuple[str, str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, path, weights = adaptive
+    images = ["--dataset", "digit-scenes", "--num-images", "16", "--against-dense"]
+
+    saved = result(capfd, "eval", weights, *images)
+    assert result(capfd, "eval", path, "--checkpoint", weights, *images) == {**saved, "what": path}
+
+
+def test_a_checkpoint_beside_a_saved_model_is_refused(
+    adaptive: tuple[str, str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, _, weights = adaptive
+    capfd.readouterr()
+    assert run(["eval", weights, "--checkpoint", "other.safetensors", "--dataset", "digit-scenes"]) == 2
+    assert "is a saved model with weights of its own. Leave out --checkpoint" in capfd.readouterr().err
+
+
+def test_learned_parts_in_weights_for_a_dense_model_are_named(
+    adaptive: tuple[str, str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, _, weights = adaptive
+    capfd.readouterr()
+    assert run(["eval", "digit_vit_patch6_48", "--checkpoint", weights, "--dataset", "digit-scenes"]) == 2
+    assert "It is of a compressed model with learned parts: name its config" in capfd.readouterr().err
+
+
 def test_without_images_a_latency_of_adaptive_counts_is_nominal(
     adaptive: tuple[str, str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,6 +141,20 @@ def test_an_address_without_its_hash_is_refused(
     assert server.asked == []
 
 
+@pytest.mark.parametrize("start", ["--scratch", "--pretrained"])
+def test_a_second_start_of_a_training_is_refused_before_weights_are_downloaded(
+    start: str, server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = dense_weights(server.folder)
+    there = ["--checkpoint", ADDRESS + path.name, "--sha256", hash_of(path)]
+    new = ["config", "new", "--model", DEMO, "--method", "evit", "--at", "1", "--op", "fuse", "--keep-ratio", "0.5"]
+    assert run([*new, "--out", "c.json"]) == 0
+
+    assert run([*TRAIN, *there, start]) == 2
+    assert "give --checkpoint, --pretrained or --scratch" in capfd.readouterr().err
+    assert server.asked == []
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
