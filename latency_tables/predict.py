@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,13 +140,11 @@ class Predictor:
             if kind.entry in groups
         }
 
-    def predict(self, schedule: TokenSchedule, padded: Sequence[bool] = ()) -> Prediction:
+    def predict(self, schedule: TokenSchedule) -> Prediction:
         """Look a schedule up.
 
         Args:
             schedule: Of every image of a batch.
-            padded: Per site, whether from there on some images are padded to these counts, which costs a mask as small
-                as the bias of token sizes; none by default.
 
         Raises:
             ExceedsMemoryError: If it needs what ran out of memory.
@@ -155,8 +153,7 @@ class Predictor:
         options = dict(schedule.options)
         method = get_method(schedule.method)
         proportional = method.uses_size_bias(options)
-        padding = iter(padded)
-        sized = masked = is_padded = False
+        sized = masked = False
         appended = 0  # Beyond the tokens of the image; the table need not reach that far.
         blocks = []
         working_mib = []  # Of every block.
@@ -165,10 +162,8 @@ class Predictor:
                 appended += len(block.steps)
             self.require_halves(f"Block {block.index}", max(block.tokens_entering, block.tokens_in, block.tokens_out))
             self._require_measured(block, appended)
-            for _ in block.steps:
-                is_padded = next(padding, False)
             attention = _half_ms(self._attention, block.tokens_in)
-            bias = MASKED_ATTENTION if masked else SIZED_ATTENTION if is_padded or (sized and proportional) else None
+            bias = MASKED_ATTENTION if masked else SIZED_ATTENTION if sized and proportional else None
             if bias is not None:
                 self._require_room(f"Block {block.index}", bias, block.tokens_in)
                 attention += self._bias_extra[bias](block.tokens_in)
@@ -207,16 +202,10 @@ class Predictor:
         """`predict_distribution` for a schedule."""
         self._check_counts(schedule, counts)
         num_batches = len(counts) // self.batch_size
-        batches = counts[: num_batches * self.batch_size].reshape(num_batches, self.batch_size, -1)
-        most = batches.max(axis=1)
-        shapes, places = np.unique(
-            np.concatenate([most, most > batches.min(axis=1)], axis=1), axis=0, return_inverse=True
-        )
-        of_shapes = [
-            self.predict(schedule_of_counts(schedule, kept.tolist()), padded.tolist()).latency_ms
-            for kept, padded in (np.split(shape, 2) for shape in shapes)
-        ]
-        latencies_ms = np.array(of_shapes)[places.reshape(-1)]
+        rows, places = np.unique(counts[: num_batches * self.batch_size], axis=0, return_inverse=True)
+        of_rows = [self.predict(schedule_of_counts(schedule, kept.tolist())).latency_ms for kept in rows]
+        # Batches are packed: an image takes its share of what a batch of its like takes.
+        latencies_ms = np.array(of_rows)[places.reshape(num_batches, self.batch_size)].mean(axis=1)
         p50_ms, p95_ms = np.percentile(latencies_ms, [50, 95])
         return LatencyDistribution(
             mean_ms=float(latencies_ms.mean()), p50_ms=float(p50_ms), p95_ms=float(p95_ms), num_batches=num_batches
@@ -348,8 +337,8 @@ def predict_distribution(
 ) -> LatencyDistribution:
     """Expected latencies of a model whose images keep counts of their own, such as adaptive SPViT's.
 
-    Batches are filled in the order of the images and padded to their largest counts; the rest of the images is left
-    out.
+    Batches are filled in the order of the images; the rest of the images is left out. Nothing is padded, so a batch
+    takes the mean of what batches of images like each of its own would take.
 
     Args:
         table: Measured or imported.

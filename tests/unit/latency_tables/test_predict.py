@@ -276,16 +276,22 @@ def test_images_that_run_alone_cost_their_own_counts(mode: str) -> None:
     assert distribution.p95_ms == pytest.approx(sorted(ms)[3] + 0.8 * (sorted(ms)[4] - sorted(ms)[3]))
 
 
-def test_a_batch_is_padded_to_its_largest_counts() -> None:
+def test_images_of_a_batch_cost_their_own_counts_without_padding() -> None:
     table = learned_table(batch_size=2)
-    # The largest of both sites are of different images; the last image fills no batch.
+    # The last image fills no batch.
     distribution = predict_distribution(table, ADAPTIVE, np.array([[12, 3], [10, 7], [0, 0]]))
-    kept_12_7 = 20.0 + 5.0 * (14 + 2 * 10)
-    padding = 0.25 * (14 + 2 * 10)  # a mask like that of token sizes
     assert distribution.num_batches == 1
-    assert distribution.p50_ms == pytest.approx(kept_12_7 + padding)
+    assert distribution.p50_ms == pytest.approx(20.0 + 5.0 * ((14 + 12) / 2 + 2 * (6 + 10) / 2))
     alike = predict_distribution(table, ADAPTIVE, np.array([[12, 7], [12, 7]]))
-    assert alike.mean_ms == alike.p50_ms == alike.p95_ms == pytest.approx(kept_12_7)
+    assert alike.mean_ms == alike.p50_ms == alike.p95_ms == pytest.approx(20.0 + 5.0 * (14 + 2 * 10))
+
+
+def test_batches_differ_where_their_images_do() -> None:
+    table = learned_table(batch_size=2)
+    distribution = predict_distribution(table, ADAPTIVE, np.array([[12, 7], [0, 0], [16, 16], [12, 7]]))
+    small, large = 20.0 + 5.0 * (8 + 2 * 6.5), 20.0 + 5.0 * (16 + 2 * 14.5)
+    assert distribution.mean_ms == distribution.p50_ms == pytest.approx((small + large) / 2)
+    assert distribution.p95_ms == pytest.approx(small + 0.95 * (large - small))
 
 
 @pytest.mark.parametrize(
