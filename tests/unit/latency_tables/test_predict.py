@@ -68,7 +68,7 @@ def test_blocks_add_up(tokens: list[int]) -> None:
     st.lists(st.tuples(st.integers(2, 17), st.integers(0, 15)), min_size=1, max_size=6),
 )
 def test_more_tokens_never_cost_less_when_the_table_rises(steps: list[float], blocks: list[tuple[int, int]]) -> None:
-    heights = [sum(steps[: number + 1]) for number in range(4)]
+    heights = [0.5 + sum(steps[: number + 1]) for number in range(4)]
     halves = [
         entry(name, at, at, height)
         for name in ("attention", "mlp")
