@@ -3,7 +3,7 @@
 Runs a whole search job on a SQLite store with the real sampler and an engine that answers at once; the engine's own
 time is left out. What is left is the controller: proposing, looking latency up, storing, telling.
 
-    python -m benchmarks.controller_overhead --json --out benchmarks/results/controller_overhead.json
+    python -m benchmarks.controller_overhead --save
 
 Run it on a machine that does nothing else; the record says how busy it was before.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import json
 import os
 import pstats
 import statistics
@@ -25,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.records import add_output_options, record_for
 from latency_tables.device import describe_device
 from latency_tables.parts import measured_kinds
 from latency_tables.schema import LatencyEntry, LatencyTable
 from prunefront.config import ModelSpec, PruneConfig
-from prunefront.files import write_json_atomic
 from prunefront.geometry import block_key, geometry_for
 from prunefront.schedule import plan_schedule
 from prunefront.training.digit_scenes import num_scenes
@@ -190,13 +189,16 @@ def run(trials: int, sampler: str, table: LatencyTable, folder: Path) -> dict[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--sampler", default="auto")
     parser.add_argument("--profile", action="store_true", help="print where the time goes; slows the run down")
-    parser.add_argument("--json", action="store_true", help="print the record instead of the summary")
-    parser.add_argument("--out", help="also write the record to this file")
+    add_output_options(parser)
     arguments = parser.parse_args()
+    device = describe_device("cpu")
+    record = record_for(parser, arguments, "controller_overhead", device, key=("trials", "sampler"))
 
     load = os.getloadavg()[0]
     table = synthetic_table()
@@ -204,23 +206,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.profile:
             profile.enable()
-        record = run(arguments.trials, arguments.sampler, table, Path(folder))
+        measured = run(arguments.trials, arguments.sampler, table, Path(folder))
         profile.disable()
-    record |= {"claimed_ms": CLAIMED_MS, "load_before": load, "cpus": os.cpu_count()}
-    record["holds"] = record["overhead_ms_per_trial"] <= CLAIMED_MS
+    measured |= {"claimed_ms": CLAIMED_MS, "load_before": load}
+    measured["holds"] = measured["overhead_ms_per_trial"] <= CLAIMED_MS
+    record.add(measured)
     if arguments.profile:
         pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(60)
-    if arguments.out:
-        write_json_atomic(arguments.out, record)
     if arguments.json:
-        print(json.dumps(record, indent=2))
+        print(record.as_json())
     else:
         print(
-            f"{record['overhead_ms_per_trial']:.1f} ms per trial over {arguments.trials} trials "
-            f"(batches: median {record['median_ms']:.1f}, 10-90 % {record['p10_ms']:.1f}-{record['p90_ms']:.1f}, "
-            f"last tenth {record['last_tenth_ms']:.1f}); claimed <= {CLAIMED_MS:.0f}; load before {load:.2f}"
+            f"{measured['overhead_ms_per_trial']:.1f} ms per trial over {arguments.trials} trials "
+            f"(batches: median {measured['median_ms']:.1f}, 10-90 % {measured['p10_ms']:.1f}-{measured['p90_ms']:.1f}, "
+            f"last tenth {measured['last_tenth_ms']:.1f}); claimed <= {CLAIMED_MS:.0f}; load before {load:.2f}"
         )
-    return 0 if record["holds"] else 1
+    return 0 if measured["holds"] else 1
 
 
 if __name__ == "__main__":

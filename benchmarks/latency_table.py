@@ -1,8 +1,8 @@
 """Claim: a DeiT-S table takes at most 3 minutes on a 2-core CPU and is at most 5 % off on 50 held-out schedules.
 
-Builds the table, validates it, prints a summary and, with ``--json``, the whole record:
+Builds the table, validates it and prints a summary; `benchmarks.records` says where records are kept:
 
-    python -m benchmarks.latency_table --json --out benchmarks/results/latency_table.json
+    python -m benchmarks.latency_table --save
 
 Run it on a machine that does nothing else; the record says how busy it was before.
 """
@@ -10,24 +10,27 @@ Run it on a machine that does nothing else; the record says how busy it was befo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from typing import Any
 
+from benchmarks.records import add_output_options, record_for
 from latency_tables.build import build_table
-from latency_tables.schema import LatencyTable, ValidationReport, save_table
+from latency_tables.device import describe_device
+from latency_tables.schema import DeviceInfo, LatencyTable, ValidationReport, save_table
+from latency_tables.shipped import file_to_ship
 from latency_tables.validate import validate_table
 from prunefront.config import ModelSpec
-from prunefront.files import write_json_atomic
 
 CLAIMED_BUILD_S = 180.0
 CLAIMED_MAPE = 0.05
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runtime", default="eager", choices=("eager", "compile"))
@@ -35,10 +38,15 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--schedules", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the record instead of the summary")
-    parser.add_argument("--out", help="also write the record to this file")
-    parser.add_argument("--table-out", help="also write the validated table to this file")
+    parser.add_argument(
+        "--ship",
+        action="store_true",
+        help="also write the validated table to latency_tables/data, in its machine's folder",
+    )
+    add_output_options(parser)
     arguments = parser.parse_args()
+    device = describe_device(arguments.device)
+    record = record_for(parser, arguments, "latency_table", device, key=("model", "runtime", "dtype", "batch_size"))
 
     load = os.getloadavg()[0]
     start = time.monotonic()
@@ -55,24 +63,20 @@ def main() -> int:
         table, num_schedules=arguments.schedules, seed=arguments.seed, device=arguments.device, progress=_show
     )
     validate_s = time.monotonic() - start - build_s
-    record = record_of(table, report, build_s, validate_s, load)
-    if arguments.out:
-        write_json_atomic(arguments.out, record)
-    if arguments.table_out:
-        save_table(table.evolve(validation=report), arguments.table_out)
-    print(json.dumps(record, indent=1) if arguments.json else summary(record))
-    return 0 if record["claim_holds"] else 1
+    run = record.add(run_of(table, report, build_s, validate_s, load))
+    if arguments.ship:
+        save_table(table.evolve(validation=report), file_to_ship(table))
+    print(record.as_json() if arguments.json else summary(run, table.device))
+    return 0 if run["claim_holds"] else 1
 
 
-def record_of(
+def run_of(
     table: LatencyTable, report: ValidationReport, build_s: float, validate_s: float, load: float
 ) -> dict[str, Any]:
     """Everything that the claim rests on."""
     measured = sorted(point.measured_ms / report.dense_ms for point in report.points)
     return {
-        "command": "python -m " + " ".join(["benchmarks.latency_table", *sys.argv[1:]]),
         "model": table.model.name,
-        "device": table.device.model_dump(mode="json"),
         "runtime": table.runtime,
         "dtype": table.dtype,
         "batch_size": table.batch_size,
@@ -98,18 +102,18 @@ def record_of(
     }
 
 
-def summary(record: dict[str, Any]) -> str:
-    low, high = record["share_of_dense"]
+def summary(run: dict[str, Any], device: DeviceInfo) -> str:
+    low, high = run["share_of_dense"]
     return "\n".join(
         (
-            f"{record['model']}, {record['device']['name']}, {record['device']['threads']} threads, "
-            f"{record['runtime']}, {record['dtype']}, batch {record['batch_size']}; load {record['load_before']}",
-            f"built in {record['build_s']:.0f} s (claim: {CLAIMED_BUILD_S:.0f} s), {record['num_entries']} entries, "
-            f"{record['num_noisy_entries']} noisy",
-            f"mean absolute error {record['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {record['bias']:+.2%}, on "
-            f"{record['num_schedules']} held-out schedules of {low:.0%} to {high:.0%} of dense",
-            f"within 5 %: {record['within_5_percent']:.0%}, within 10 %: {record['within_10_percent']:.0%}, "
-            f"Kendall's tau {record['kendall_tau']}, noise {record['noise']:.2%}",
+            f"{run['model']}, {device.name}, {device.threads} threads, "
+            f"{run['runtime']}, {run['dtype']}, batch {run['batch_size']}; load {run['load_before']}",
+            f"built in {run['build_s']:.0f} s (claim: {CLAIMED_BUILD_S:.0f} s), {run['num_entries']} entries, "
+            f"{run['num_noisy_entries']} noisy",
+            f"mean absolute error {run['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {run['bias']:+.2%}, on "
+            f"{run['num_schedules']} held-out schedules of {low:.0%} to {high:.0%} of dense",
+            f"within 5 %: {run['within_5_percent']:.0%}, within 10 %: {run['within_10_percent']:.0%}, "
+            f"Kendall's tau {run['kendall_tau']}, noise {run['noise']:.2%}",
         )
     )
 

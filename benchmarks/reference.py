@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunefront.errors import ConfigError
 from prunefront.methods.selection import KEEP
 from prunefront.schedule import Step
 
@@ -23,6 +24,10 @@ class Reference(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        if model.prune_config.sites and model.prune_config.method not in REFERENCED:
+            raise ConfigError(
+                f"The eager reference has {', '.join(REFERENCED)}, but got a model of {model.prune_config.method}."
+            )
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
@@ -179,3 +184,4 @@ def _hybrid(x: Tensor, size: Tensor | None, attention: Tensor, k: Tensor, v: Ten
 REDUCE: dict[str, Callable[..., State]] = {
     "evit": _evit, "tome": _tome, "ppt": _ppt, "diffrate": _diffrate, "hybrid": _hybrid,
 }  # fmt: skip
+REFERENCED = (*REDUCE, "dynamicvit")  # Methods that `Reference` runs.

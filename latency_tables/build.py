@@ -7,11 +7,12 @@ and brought to one speed of the machine by it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from latency_tables.correction import WholeModel, fit_correction
 from latency_tables.device import DeviceInfo, describe_device, torch_device
-from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from latency_tables.errors import DisturbedError, ExceedsMemoryError, LatencyTableError, MeasurementStoppedError
+from latency_tables.foreign_cpu import CpuWatch, LinuxCpuWatch, Patience
 from latency_tables.interpolation import Curve, interpolate
 from latency_tables.measure import (
     MIB,
@@ -46,7 +48,8 @@ from latency_tables.measure import (
     weights_mib,
     whole_model,
 )
-from latency_tables.partial import FinishedGroup, PartialFile, rescaled
+from latency_tables.out_of_memory import free_memory, if_it_fits
+from latency_tables.partial import FinishedGroup, PartialFile, canary_drift, rescaled
 from latency_tables.parts import (
     ATTENTION,
     HEAD,
@@ -63,11 +66,12 @@ from latency_tables.parts import (
     measured_kinds,
 )
 from latency_tables.predict import Predictor
-from latency_tables.probe import IDLE, Probe, Stage, timed_by, without_mlp
+from latency_tables.probe import CALL, IDLE, Probe, Stage, timed_by, without_mlp
 from latency_tables.schedules import random_configs
 from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime, WeightMemory
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
+from prunefront.errors import is_out_of_memory
 from prunefront.geometry import ModelGeometry, block_key, geometry_of, require_equal_blocks
 from prunefront.runtimes import (
     DTYPES,
@@ -77,7 +81,7 @@ from prunefront.runtimes import (
     prepare,
     use_shared_compile_cache,
 )
-from prunefront.schedule import plan_schedule
+from prunefront.schedule import Step, plan_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,8 @@ class BuildSettings:
     blocks: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=40, target_s=0.5)
     reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=20, target_s=0.15)
     models: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=40, target_s=1.0)
+    # With processes that take CPU from the measurements; None measures beside them and marks what they disturb.
+    patience: Patience | None = Patience()
 
     def token_counts(self, geometry: ModelGeometry) -> list[int]:
         """First token counts of the halves of a block, ascending; prefix tokens counted."""
@@ -186,8 +192,12 @@ def build_table(
     should_stop: ShouldStop | None = None,
     settings: BuildSettings | None = None,
     stopwatch: Stopwatch | None = None,
+    cpu: CpuWatch | None = None,
 ) -> LatencyTable:
     """Measure the table of a model's blocks on this machine.
+
+    A part that runs out of memory becomes an entry that says so, and a whole model that does is left out of the
+    correction.
 
     Args:
         spec: The model; weights do not matter and are random.
@@ -197,11 +207,13 @@ def build_table(
         progress: Told the share done (of 1.0); the message ends with the time left.
         should_stop: Asked between samples.
         settings: What to measure, in place of `settings_for`'s choice.
-        stopwatch: Injected by tests.
+        stopwatch, cpu: Injected by tests.
 
     Raises:
-        LatencyTableError: If this machine has no such device, memory does not suffice, or the partial file belongs to
-            another build.
+        LatencyTableError: If this machine has no such device, the dense model runs out of memory, or the partial file
+            belongs to another build.
+        DisturbedError: If other processes take CPU from it for longer than ``settings.patience`` lasts; finished
+            entries are in the partial file, and nothing that they disturbed.
         MeasurementStoppedError: When stopped; finished entries are in the partial file.
         ConfigError: If the runtime does not run on the device.
         ModelError, UnknownNameError: If the model is not supported; if it, the runtime or the dtype is unknown.
@@ -209,22 +221,31 @@ def build_table(
     target = torch_device(device)
     if runtime == "compile":
         use_shared_compile_cache()
-    build = _Build(
-        spec=spec,
-        device=target,
-        runtime=runtime,
-        dtype=dtype,
-        batch_size=batch_size,
-        info=describe_device(device),
-        settings=settings or settings_for(target, runtime),
-        stopwatch=stopwatch or stopwatch_for(target),
-        progress=progress,
-        should_stop=should_stop,
-    )
     try:
+        build = _Build(
+            spec=spec,
+            device=target,
+            runtime=runtime,
+            dtype=dtype,
+            batch_size=batch_size,
+            info=describe_device(device),
+            settings=settings or settings_for(target, runtime),
+            stopwatch=stopwatch or stopwatch_for(target),
+            cpu=cpu or LinuxCpuWatch(target),
+            progress=progress,
+            should_stop=should_stop,
+        )
         with measuring(target):
             return build.run(partial_path)
-    except torch.OutOfMemoryError as error:
+    except DisturbedError as error:
+        if partial_path is None:
+            raise
+        raise DisturbedError(
+            f"{error} Finished entries are kept in {partial_path}; the same build goes on there."
+        ) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise LatencyTableError(
             f"{spec.name!r} does not fit into the memory of {device} at batch size {batch_size} in {dtype}. "
             "Choose a smaller batch size."
@@ -232,12 +253,40 @@ def build_table(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Planned:
-    """A subject to run and the entries its laps become."""
+class _Part:
+    """A subject to run."""
 
     subject: Subject
-    entries: Mapping[str, tuple[str, int, int]]  # Lap name → entry key.
     input: Tensor | None = None  # Tokens that stay in use while it runs, and that it does not make itself.
+    tells_memory: bool = True  # Otherwise nobody asks for its peak memory, which takes a run.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """The entries that the laps of a part become, and what makes it: a part not made yet holds no memory."""
+
+    entries: Mapping[str, tuple[str, int, int]]  # Lap name → entry key.
+    make: Callable[[], _Part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Warm:
+    """A part that has run."""
+
+    subject: Subject
+    rounds: int
+    peak_memory_mib: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One interleaved run of what fitted into memory."""
+
+    canary_ms: float | None  # None where nothing fitted.
+    measured: Mapping[str, Mapping[str, Measurement]]  # By part and lap.
+    peak_memory_mib: Mapping[str, float | None]
+    unfit: tuple[str, ...]  # Parts that ran out of memory.
+    seconds: float
 
 
 class _Build:
@@ -257,11 +306,12 @@ class _Build:
         info: DeviceInfo,
         settings: BuildSettings,
         stopwatch: Stopwatch,
+        cpu: CpuWatch,
         progress: Progress | None,
         should_stop: ShouldStop | None,
     ) -> None:
         self.spec, self.device, self.runtime, self.dtype, self.batch_size = spec, device, runtime, dtype, batch_size
-        self.info, self.settings, self.stopwatch = info, settings, stopwatch
+        self.info, self.settings, self.stopwatch, self.cpu = info, settings, stopwatch, cpu
         self._progress, self._should_stop = progress, should_stop
         self._started = time.monotonic()
         self._skipped_share = 0.0
@@ -293,11 +343,23 @@ class _Build:
             self._measure_reductions()
             self._measure_whole_models(self._table())
         table = self._table()
+        unfit = table.unfit_entries
+        if unfit:
+            logger.warning(
+                "%d of %d entries ran out of memory; schedules that need them are refused. Choose a smaller batch size "
+                "for those", len(unfit), len(table.entries),
+                extra={"action": "build_table", "unfit_entries": len(unfit), "reason": unfit[0].reason},
+            )  # fmt: skip
         noisy = table.noisy_entries
         if noisy:
             logger.warning(
                 "%d of %d entries are noisy; measure again on a quieter machine", len(noisy), len(table.entries),
                 extra={"action": "build_table", "noisy_entries": len(noisy), "reason": noisy[0].reason},
+            )  # fmt: skip
+        if table.canary_drift is not None and not table.is_steady:
+            logger.warning(
+                "the machine's speed moved by %.0f%% during the build; measure again on a steadier one",
+                100 * table.canary_drift, extra={"action": "build_table", "canary_drift": table.canary_drift},
             )  # fmt: skip
         self._report("whole models", 1.0, "done")
         return table
@@ -305,32 +367,40 @@ class _Build:
     def _measure_blocks(self) -> None:
         settings = self.settings
         counts = settings.token_counts(self.geometry)
-        ends = [self._stem(), *(self._head(count) for count in settings.head_token_counts(self.geometry))]
+        ends = [self._plan_stem(), *(self._plan_head(count) for count in settings.head_token_counts(self.geometry))]
         chains = [
-            *(self._chain(count) for count in counts),
+            *(self._plan_chain(count) for count in counts),
             *(
-                self._chain(count, attention)
+                self._plan_chain(count, attention)
                 for attention in biased_attentions(self.geometry)
                 for count in settings.sized_token_counts(self.geometry)
             ),
         ]
         self._group("blocks", [*chains, *ends], settings.blocks, 0.0, 0.6)
-        # Refine between two counts until the middle lies on the line between them.
+        # Refine between two counts until the middle lies on the line between them, or memory ends there.
         open_gaps = list(itertools.pairwise(counts))
+        block_ms = self._block_ms()
         share = 0.6
         while open_gaps and len(counts) < settings.max_token_counts:
             middles = {
-                (low + high) // 2: (low, high) for low, high in open_gaps if high - low >= 2 * settings.least_gap
+                (low + high) // 2: (low, high)
+                for low, high in open_gaps
+                if high - low >= 2 * settings.least_gap and (low in block_ms or high in block_ms)
             }
             middles = dict(list(middles.items())[: settings.max_token_counts - len(counts)])
             if not middles:
                 break
-            self._group("blocks", [self._chain(at) for at in middles], settings.blocks, share, min(1.0, share + 0.2))
+            planned = [self._plan_chain(at) for at in middles]
+            self._group("blocks", planned, settings.blocks, share, min(1.0, share + 0.2))
             share = min(1.0, share + 0.2)
             open_gaps = []
+            block_ms = self._block_ms()
             for middle, (low, high) in middles.items():
-                if self._interpolation_error(low, middle, high) > settings.tolerance:
-                    open_gaps += [(low, middle), (middle, high)]
+                halves = [(low, middle), (middle, high)]
+                if not block_ms.keys() >= {low, middle, high}:
+                    open_gaps += [gap for gap in halves if (gap[0] in block_ms) != (gap[1] in block_ms)]
+                elif _interpolation_error(block_ms, low, middle, high) > settings.tolerance:
+                    open_gaps += halves
             counts = sorted({*counts, *middles})
 
     def _measure_reductions(self) -> None:
@@ -340,7 +410,7 @@ class _Build:
         for number, tokens in enumerate(rows):
             planned: dict[tuple[str, int, int], _Planned] = {}
             for kind, removed in itertools.product(kinds, settings.reduction_removed):
-                one = self._reduction(kind, tokens, removed)
+                one = self._plan_reduction(kind, tokens, removed)
                 if one is not None:
                     planned[next(iter(one.entries.values()))] = one
             start, end = number / len(rows), (number + 1) / len(rows)
@@ -348,7 +418,7 @@ class _Build:
 
     def _measure_probe(self) -> None:
         """All parts and the dense model as one compiled graph (`probe`)."""
-        stages, entries, memory = self._probe_stages()
+        stages, entries, memory, unfit = self._probe_stages()
         if not {key for key, _ in entries.values()} - self.done:
             return
         started = time.monotonic()
@@ -359,18 +429,23 @@ class _Build:
         def subject(lap: Lap) -> None:
             with timed_by(lap, probe.lap_names):
                 forward(self.images)
+                lap(CALL)
 
         settings = self.settings.blocks
         rounds = {PROBE: rounds_for(warm_up(subject, self.stopwatch, settings), settings)}
         dense_ms = dict(self.stopwatch.sample(subject))[WHOLE]
         measured = measure_subjects(
             {PROBE: subject}, canary=subject, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
-            negligible_ms=0.02 * dense_ms / self.geometry.depth, should_stop=self._should_stop,
-            progress=lambda done, total, message: self._report("whole models", done / total, f"measuring {message}"),
+            negligible_ms=0.02 * dense_ms / self.geometry.depth, cpu=self.cpu, patience=self.settings.patience,
+            progress=lambda done, total, message: self._report("whole models", done / total, message),
+            should_stop=self._should_stop,
         )[PROBE]  # fmt: skip
         idle_ms = measured[IDLE].median_ms
         laps = {name: one.less(idle_ms) for name, one in measured.items()}
         mlp = Curve({tokens: laps[name].median_ms for name, ((entry, tokens, _), _) in entries.items() if entry == MLP})
+        # Entering and leaving the graph, averaged as laps of one name are; less the reading of the clock at its start.
+        call_ms = 2 * measured[CALL].median_ms - idle_ms / 2
+        laps |= {name: laps[name].less(-call_ms) for name in (WHOLE, STEM)}
         dense = laps[WHOLE]
         self.partial.append(
             FinishedGroup(
@@ -378,7 +453,8 @@ class _Build:
                 entries=tuple(
                     _entry(key, laps[name].less(-mlp(key[2])) if lacks_mlp else laps[name], memory[name])
                     for name, (key, lacks_mlp) in entries.items()
-                ),
+                )
+                + tuple(self._unfit_entry(key) for key in unfit),
                 whole_models=((PruneConfig(model=self.spec, method="hybrid"), dense.median_ms, dense.iqr_ms),),
                 seconds=time.monotonic() - started,
             )
@@ -386,22 +462,32 @@ class _Build:
 
     def _probe_stages(
         self,
-    ) -> tuple[list[Stage], dict[str, tuple[tuple[str, int, int], bool]], dict[str, float | None]]:
-        """Stages of the probe; by lap the entry it becomes and whether that has an MLP more; memory by lap."""
+    ) -> tuple[
+        list[Stage], dict[str, tuple[tuple[str, int, int], bool]], dict[str, float | None], list[tuple[str, int, int]]
+    ]:
+        """Stages of the probe; by lap the entry it becomes and whether that has an MLP more; memory by lap.
+
+        Entries of what runs out of memory, run eagerly, are last: they are no stages.
+        """
         geometry, settings = self.geometry, self.settings
         blocks = itertools.cycle(self.blocks)
         stages: list[Stage] = []
         entries = {STEM: ((STEM, geometry.num_patch_tokens, geometry.num_tokens), False)}
         memory = {STEM: self._peak_mib(Stem(self.model), self.images)}
+        unfit: list[tuple[str, int, int]] = []
 
         def add(tokens: int, *parts: tuple[tuple[str, int, int], nn.Module], whole: nn.Module | None = None) -> None:
+            x = self.tokens[:, :tokens].contiguous()
+            modules = [whole] if whole else [part for _, part in parts]
+            # Of both halves, that of a block.
+            figures = if_it_fits(lambda: [self._peak_mib(part, x) for part in modules], self.device)
+            if figures is None:
+                unfit.extend(key for key, _ in parts)
+                return
             names = [f"{entry} {tokens_in} -> {tokens_out}" for (entry, tokens_in, tokens_out), _ in parts]
             stages.append(
                 Stage(tokens=tokens, parts=tuple((name, part) for name, (_, part) in zip(names, parts, strict=True)))
             )
-            x = self.tokens[:, :tokens].contiguous()
-            # Of both halves, that of a block.
-            figures = [self._peak_mib(part, x) for part in ([whole] if whole else [part for _, part in parts])]
             most = None if None in figures else max(cast(list[float], figures)) + x.nbytes / MIB
             entries.update({name: (key, whole is not None) for name, (key, _) in zip(names, parts, strict=True)})
             memory.update(dict.fromkeys(names, most))
@@ -413,6 +499,8 @@ class _Build:
                 ((ATTENTION, count, count), AttentionHalf(block, self.frame)),
                 ((MLP, count, count), MlpHalf(block, self.frame)),
             )
+        if not stages:
+            raise LatencyTableError("Every part of the model ran out of memory. Choose a smaller batch size.")
         for attention in biased_attentions(geometry):
             for count in settings.sized_token_counts(geometry):
                 add(count, ((attention, count, count), AttentionHalf(next(blocks), self.frame, attention)))
@@ -427,7 +515,7 @@ class _Build:
                 add(tokens, (key, part), whole=ReducingBlock(block, kind, steps, self.frame))
         for count in settings.head_token_counts(geometry):
             add(count, ((HEAD, count, 1), Head(self.model)))
-        return stages, entries, memory
+        return stages, entries, memory, unfit
 
     def _peak_mib(self, part: nn.Module, x: Tensor) -> float | None:
         """Of a part run eagerly: a compiled one needs about as much, and compiling each by itself takes minutes."""
@@ -436,15 +524,25 @@ class _Build:
         return peak_memory_mib(partial(forward, x), self.device)
 
     def _measure_whole_models(self, table: LatencyTable) -> None:
-        finished = {config.content_hash() for group in self.partial.groups for config, _, _ in group.whole_models}
+        finished = {
+            config.content_hash()
+            for group in self.partial.groups
+            for config in (*(config for config, _, _ in group.whole_models), *group.unfit_models)
+        }
         predictor = Predictor(table)
-        configs = [
-            PruneConfig(model=self.spec, method="hybrid"),
-            *random_configs(
-                self.spec, self.geometry, self.settings.num_whole_models, CORRECTION_SEED,
-                cost=lambda config: predictor.predict(plan_schedule(config, self.geometry)).latency_ms,
-            ),
-        ]  # fmt: skip
+
+        def cost(config: PruneConfig) -> float:
+            """Without the correction: a build that goes on draws what it drew before there was one."""
+            return sum(predictor.predict(plan_schedule(config, self.geometry)).part_sums.values())
+
+        try:
+            drawn = random_configs(
+                self.spec, self.geometry, self.settings.num_whole_models, CORRECTION_SEED, cost=cost
+            )  # fmt: skip
+        except ExceedsMemoryError as error:
+            logger.warning("The table goes without a correction: %s", error, extra={"action": "build_table"})
+            return
+        configs = [PruneConfig(model=self.spec, method="hybrid"), *drawn]
         todo = {
             f"schedule {number} of {len(configs)}": config
             for number, config in enumerate(configs, start=1)
@@ -452,26 +550,23 @@ class _Build:
         }
         if not todo:
             return
-        started = time.monotonic()
-        subjects: dict[str, Subject] = {}
-        rounds: dict[str, int] = {}
-        for number, (key, config) in enumerate(todo.items()):
-            self._report("whole models", 0.3 * number / len(todo), f"warming up {key}")
-            self._stop_if_asked()
-            model = self.model if not config.sites else compress(self.model, config)
-            subjects[key] = self.canary if not config.sites else whole_model(self._ready(model), [self.images])
-            rounds[key] = rounds_for(warm_up(subjects[key], self.stopwatch, self.settings.models), self.settings.models)
-        canary_ms, measured = self._measure(subjects, rounds, {}, self.settings.models, "whole models", 0.3, 1.0)
-        self.partial.append(
-            FinishedGroup(
-                canary_ms=canary_ms,
-                whole_models=tuple(
-                    (config, measured[key][WHOLE].median_ms, measured[key][WHOLE].iqr_ms)
-                    for key, config in todo.items()
-                ),
-                seconds=time.monotonic() - started,
+        makers = {key: partial(self._whole_model, config) for key, config in todo.items()}
+        for run in self._runs("whole models", makers, self.settings.models, 0.0, 1.0):
+            for key in run.unfit:
+                logger.warning(
+                    "Whole model %s ran out of memory and is left out of the correction", key,
+                    extra={"action": "build_table", "config": todo[key].to_dict()},
+                )  # fmt: skip
+            self.partial.append(
+                FinishedGroup(
+                    canary_ms=run.canary_ms,
+                    whole_models=tuple(
+                        (todo[key], laps[WHOLE].median_ms, laps[WHOLE].iqr_ms) for key, laps in run.measured.items()
+                    ),
+                    unfit_models=tuple(todo[key] for key in run.unfit),
+                    seconds=run.seconds,
+                )
             )
-        )
 
     def _table(self) -> LatencyTable:
         """The table of everything finished so far."""
@@ -488,6 +583,7 @@ class _Build:
             created_at=datetime.now(UTC),
             build_s=round(sum(group.seconds for group in self.partial.groups), 1),
             dense_ms=canary_ms,
+            canary_drift=canary_drift(self.partial.groups),
             weights=self._weights(),
             entries=tuple(sorted(entries, key=lambda entry: entry.key)),
         )
@@ -507,7 +603,13 @@ class _Build:
     def _ready(self, module: nn.Module) -> Forward:
         return prepare(module, self.runtime, self.dtype, self.device)
 
-    def _chain(self, tokens: int, attention: str = ATTENTION) -> _Planned:
+    def _plan_chain(self, tokens: int, attention: str = ATTENTION) -> _Planned:
+        entries = {attention: (attention, tokens, tokens)}
+        if attention == ATTENTION:
+            entries[MLP] = (MLP, tokens, tokens)
+        return _Planned(entries=entries, make=partial(self._chain, tokens, attention))
+
+    def _chain(self, tokens: int, attention: str) -> _Part:
         """Some blocks one after the other on ``tokens`` tokens, a lap per half; other blocks in every sample."""
         x = self.tokens[:, :tokens].contiguous()
         with_mlp = attention == ATTENTION
@@ -527,24 +629,26 @@ class _Build:
                     h = mlp_half(h)
                     lap(MLP)
 
-        entries = {attention: (attention, tokens, tokens)}
-        if with_mlp:
-            entries[MLP] = (MLP, tokens, tokens)
         # From the second block on, the input is what the block before made.
-        return _Planned(subject=subject, entries=entries, input=x if count == 1 else None)
+        return _Part(subject=subject, input=x if count == 1 else None)
 
-    def _stem(self) -> _Planned:
+    def _plan_stem(self) -> _Planned:
+        key = (STEM, self.geometry.num_patch_tokens, self.geometry.num_tokens)
+        return _Planned(entries={STEM: key}, make=self._stem)
+
+    def _stem(self) -> _Part:
         stem = self._ready(Stem(self.model))
 
         def subject(lap: Lap) -> None:
             stem(self.images)
             lap(STEM)
 
-        return _Planned(
-            subject=subject, entries={STEM: (STEM, self.geometry.num_patch_tokens, self.geometry.num_tokens)}
-        )
+        return _Part(subject=subject)
 
-    def _head(self, tokens: int) -> _Planned:
+    def _plan_head(self, tokens: int) -> _Planned:
+        return _Planned(entries={HEAD: (HEAD, tokens, 1)}, make=partial(self._head, tokens))
+
+    def _head(self, tokens: int) -> _Part:
         head = self._ready(Head(self.model))
         x = self.tokens[:, :tokens].contiguous()
 
@@ -552,13 +656,17 @@ class _Build:
             head(x)
             lap(HEAD)
 
-        return _Planned(subject=subject, entries={HEAD: (HEAD, tokens, 1)}, input=x)
+        return _Part(subject=subject, input=x)
 
-    def _reduction(self, kind: ReductionKind, tokens: int, removed: float) -> _Planned | None:
-        """A few reducing blocks on the same tokens, other blocks of the model in every sample."""
+    def _plan_reduction(self, kind: ReductionKind, tokens: int, removed: float) -> _Planned | None:
         steps = kind.steps(tokens, removed, self.geometry.num_prefix_tokens)
         if steps is None:
             return None
+        entries = {kind.entry: (kind.entry, tokens, steps[-1].tokens_out)}
+        return _Planned(entries=entries, make=partial(self._reduction, kind, steps, tokens))
+
+    def _reduction(self, kind: ReductionKind, steps: Sequence[Step], tokens: int) -> _Part:
+        """A few reducing blocks on the same tokens, other blocks of the model in every sample."""
         x = self.tokens[:, :tokens].contiguous()
         parts = [self._ready(ReducingBlock(block, kind, steps, self.frame)) for block in self._timed_blocks]
         turns = itertools.cycle(parts)
@@ -569,7 +677,13 @@ class _Build:
                 part(x)
                 lap(kind.entry)
 
-        return _Planned(subject=subject, entries={kind.entry: (kind.entry, tokens, steps[-1].tokens_out)}, input=x)
+        return _Part(subject=subject, input=x)
+
+    def _whole_model(self, config: PruneConfig) -> _Part:
+        if not config.sites:
+            return _Part(subject=self.canary, tells_memory=False)
+        model = self._ready(compress(self.model, config))
+        return _Part(subject=whole_model(model, [self.images]), tells_memory=False)
 
     @property
     def _timed_blocks(self) -> Sequence[Block]:
@@ -581,34 +695,83 @@ class _Build:
     def _group(
         self, stage: str, planned: Sequence[_Planned], settings: MeasureSettings, start: float, end: float
     ) -> None:
-        """Measure what is not finished yet, as one interleaved run, and remember it."""
+        """Measure what is not finished yet, interleaved, and remember it, or that it ran out of memory."""
         todo = {_describe(one): one for one in planned if set(one.entries.values()) - self.done}
         if not todo:
             self._skipped_share = max(self._skipped_share, self._share(stage, end))
             return
+        for run in self._runs(stage, {key: one.make for key, one in todo.items()}, settings, start, end):
+            entries = [
+                _entry(entry, run.measured[key][lap], run.peak_memory_mib[key])
+                for key in run.measured
+                for lap, entry in todo[key].entries.items()
+                if entry not in self.done
+            ]
+            entries += [
+                self._unfit_entry(entry)
+                for key in run.unfit
+                for entry in todo[key].entries.values()
+                if entry not in self.done
+            ]
+            self.partial.append(FinishedGroup(canary_ms=run.canary_ms, entries=tuple(entries), seconds=run.seconds))
+            self.done |= {entry.key for entry in entries}
+
+    def _unfit_entry(self, key: tuple[str, int, int]) -> LatencyEntry:
+        reason = f"ran out of memory at batch size {self.batch_size} in {self.dtype} on {self.info.name}"
+        return LatencyEntry.unfit(key, reason)
+
+    def _runs(
+        self, stage: str, makers: Mapping[str, Callable[[], _Part]], settings: MeasureSettings, start: float, end: float
+    ) -> Iterator[_Run]:
+        """Measure parts together, then those that ran out of memory one by one.
+
+        Beside others, which hold inputs and recorded graphs, there may be no room for a part that fits by itself.
+        """
+        together = self._run(stage, makers, settings, start, end)
+        if len(makers) == 1:
+            yield together
+            return
+        if together.measured:
+            yield dataclasses.replace(together, unfit=())
+        for key in together.unfit:
+            free_memory(self.device)
+            yield self._run(stage, {key: makers[key]}, settings, end, end)
+
+    def _run(
+        self, stage: str, makers: Mapping[str, Callable[[], _Part]], settings: MeasureSettings, start: float, end: float
+    ) -> _Run:
+        """Warm up and measure what fits into memory; none of it where sampling runs out of it."""
         started = time.monotonic()
-        memory: dict[str, float | None] = {}
-        rounds: dict[str, int] = {}
-        for number, (key, one) in enumerate(todo.items()):
+        parts: dict[str, _Warm] = {}
+        sampling = start + 0.3 * (end - start)
+        for number, (key, make) in enumerate(makers.items()):
             self._stop_if_asked()
-            at = start + 0.3 * (end - start) * number / len(todo)
-            self._report(stage, at, f"warming up {key}")
-            memory[key] = self._memory_mib(one)
-            rounds[key] = rounds_for(warm_up(one.subject, self.stopwatch, settings), settings)
-        canary_ms, measured = self._measure(
-            {key: one.subject for key, one in todo.items()}, rounds, memory, settings, stage,
-            start + 0.3 * (end - start), end,
-        )  # fmt: skip
-        entries = [
-            _entry(entry, measured[key][lap], memory[key])
-            for key, one in todo.items()
-            for lap, entry in one.entries.items()
-            if entry not in self.done
-        ]
-        self.partial.append(
-            FinishedGroup(canary_ms=canary_ms, entries=tuple(entries), seconds=time.monotonic() - started)
+            self._report(stage, start + (sampling - start) * number / len(makers), f"warming up {key}")
+            warm = if_it_fits(partial(self._warm, make, settings), self.device)
+            if warm is not None:
+                parts[key] = warm
+        memory = {key: part.peak_memory_mib for key, part in parts.items()}
+        found = None
+        if parts:
+            measure = partial(
+                self._measure, {key: part.subject for key, part in parts.items()},
+                {key: part.rounds for key, part in parts.items()}, memory, settings, stage, sampling, end,
+            )  # fmt: skip
+            found = if_it_fits(measure, self.device)
+        canary_ms, measured = found or (None, {})
+        return _Run(
+            canary_ms=canary_ms,
+            measured=measured,
+            peak_memory_mib=memory,
+            unfit=tuple(key for key in makers if key not in measured),
+            seconds=time.monotonic() - started,
         )
-        self.done |= {entry.key for entry in entries}
+
+    def _warm(self, make: Callable[[], _Part], settings: MeasureSettings) -> _Warm:
+        part = make()
+        memory = self._memory_mib(part) if part.tells_memory else None
+        rounds = rounds_for(warm_up(part.subject, self.stopwatch, settings), settings)
+        return _Warm(subject=part.subject, rounds=rounds, peak_memory_mib=memory)
 
     def _measure(
         self,
@@ -623,14 +786,14 @@ class _Build:
         """Measurements by subject and lap, and the canary's latency that they all refer to."""
 
         def report(done: float, total: float, message: str) -> None:
-            self._report(stage, start + (end - start) * done / total, f"measuring {message}")
+            self._report(stage, start + (end - start) * done / total, message)
 
         # A spread of 2 % of what a block costs on average does not matter, however little the entry itself takes.
         canary_ms = sum(ms for _, ms in self.stopwatch.sample(self.canary))
         measured = measure_subjects(
             subjects, canary=self.canary, stopwatch=self.stopwatch, settings=settings, rounds=rounds,
             peak_memory=memory, negligible_ms=0.02 * canary_ms / self.geometry.depth,
-            progress=report, should_stop=self._should_stop,
+            cpu=self.cpu, patience=self.settings.patience, progress=report, should_stop=self._should_stop,
         )  # fmt: skip
         # Attempts differ in how fast the machine was.
         reference_ms = statistics.median(one.canary_ms for laps in measured.values() for one in laps.values())
@@ -638,21 +801,20 @@ class _Build:
             key: {lap: one.at_canary(reference_ms) for lap, one in laps.items()} for key, laps in measured.items()
         }
 
-    def _interpolation_error(self, low: int, middle: int, high: int) -> float:
-        """Relative error of the straight line at the middle, for a whole block."""
+    def _block_ms(self) -> dict[int, float]:
+        """Latency of a whole block by token count, where both of its halves fit into memory."""
         _, entries, _ = rescaled(self.partial.groups)
-        block_ms = {at: 0.0 for at in (low, middle, high)}
+        halves: dict[int, dict[str, float]] = {}
         for entry in entries:
-            if entry.entry in (ATTENTION, MLP) and entry.tokens_in in block_ms:
-                block_ms[entry.tokens_in] += entry.median_ms
-        line = interpolate((low, high), (block_ms[low], block_ms[high]), middle)
-        return abs(line / block_ms[middle] - 1.0)
+            if entry.entry in (ATTENTION, MLP) and entry.median_ms is not None:
+                halves.setdefault(entry.tokens_in, {})[entry.entry] = entry.median_ms
+        return {tokens: sum(ms.values()) for tokens, ms in halves.items() if len(ms) == 2}
 
-    def _memory_mib(self, planned: _Planned) -> float | None:
-        peak_mib = peak_memory_mib(partial(self.stopwatch.sample, planned.subject), self.device, runtime=self.runtime)
-        if peak_mib is None or planned.input is None:
+    def _memory_mib(self, part: _Part) -> float | None:
+        peak_mib = peak_memory_mib(partial(self.stopwatch.sample, part.subject), self.device, runtime=self.runtime)
+        if peak_mib is None or part.input is None:
             return peak_mib
-        return peak_mib + planned.input.nbytes / MIB
+        return peak_mib + part.input.nbytes / MIB
 
     def _weights(self) -> WeightMemory:
         block_mib = weights_mib(self.blocks[0])
@@ -688,6 +850,12 @@ class _Build:
             left_s = (time.monotonic() - self._started) * (1.0 - share) / own_share
             message = f"{message}, about {_duration(left_s)} left"
         self._progress(share, 1.0, message)
+
+
+def _interpolation_error(block_ms: Mapping[int, float], low: int, middle: int, high: int) -> float:
+    """Relative error of the straight line at the middle."""
+    line = interpolate((low, high), (block_ms[low], block_ms[high]), middle)
+    return abs(line / block_ms[middle] - 1.0)
 
 
 def _entry(key: tuple[str, int, int], measured: Measurement, peak_memory: float | None) -> LatencyEntry:

@@ -1,6 +1,7 @@
 """Tables from measurements made elsewhere: phones, TensorRT, anything that can time an exported block.
 
-The CSV has the header ``entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples`` and a line per entry.
+The CSV has the header ``entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples`` and a line per entry. What ran
+out of memory has ``out_of_memory`` as its ``median_ms`` and nothing after it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from prunefront.files import write_atomic
 from prunefront.geometry import block_key, geometry_for
 
 COLUMNS = ("entry", "tokens_in", "tokens_out", "batch_size", "median_ms", "iqr_ms", "samples")
+OUT_OF_MEMORY = "out_of_memory"  # in place of a median
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +74,7 @@ def parse_csv(text: str, name: str = "CSV") -> LatencyCsv:
         if len(cells) != len(COLUMNS):
             raise LatencyTableError(f"{line}: expected {len(COLUMNS)} cells, but got {len(cells)}. Fix the line.")
         values = dict(zip(COLUMNS, cells, strict=True))
-        entry = LatencyEntry(
-            entry=_entry_name(values, line),
-            tokens_in=_whole(values, "tokens_in", line),
-            tokens_out=_whole(values, "tokens_out", line),
-            median_ms=_milliseconds(values, "median_ms", line, positive=True),
-            iqr_ms=_milliseconds(values, "iqr_ms", line),
-            samples=_whole(values, "samples", line),
-        )
+        entry = _entry(values, line)
         if entry.entry in HALVES and entry.tokens_in != entry.tokens_out:
             raise LatencyTableError(
                 f"{line}: {entry.entry} keeps its tokens, so tokens_in and tokens_out must be equal, but got "
@@ -105,7 +100,8 @@ def parse_csv(text: str, name: str = "CSV") -> LatencyCsv:
         entries.append(entry)
     if batch_size is None:
         raise LatencyTableError(f"{name} has a header but no lines. Add measurements.")
-    missing = [needed for needed in (ATTENTION, MLP) if not any(entry.entry == needed for entry in entries)]
+    timed = {entry.entry for entry in entries if entry.median_ms is not None}
+    missing = [needed for needed in (ATTENTION, MLP) if needed not in timed]
     if missing:
         raise LatencyTableError(
             f"{name} has no {' and no '.join(missing)} lines, which every prediction needs. Add them at two or more "
@@ -171,10 +167,10 @@ def export_csv(table: LatencyTable) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for entry in table.entries:
-        writer.writerow(
-            (entry.entry, entry.tokens_in, entry.tokens_out, table.batch_size,
-             repr(entry.median_ms), repr(entry.iqr_ms), entry.samples)
-        )  # fmt: skip
+        timed: tuple[object, ...] = (OUT_OF_MEMORY, "", "")
+        if entry.median_ms is not None:
+            timed = (repr(entry.median_ms), repr(entry.iqr_ms), entry.samples)
+        writer.writerow((entry.entry, entry.tokens_in, entry.tokens_out, table.batch_size, *timed))
     return out.getvalue()
 
 
@@ -185,6 +181,25 @@ def save_csv(table: LatencyTable, path: str | os.PathLike[str]) -> Path:
         FileWriteError: If the file cannot be written.
     """
     return write_atomic(path, export_csv(table))
+
+
+def _entry(values: Mapping[str, str], line: str) -> LatencyEntry:
+    key = (_entry_name(values, line), _whole(values, "tokens_in", line), _whole(values, "tokens_out", line))
+    if values["median_ms"] != OUT_OF_MEMORY:
+        return LatencyEntry(
+            entry=key[0],
+            tokens_in=key[1],
+            tokens_out=key[2],
+            median_ms=_milliseconds(values, "median_ms", line, positive=True),
+            iqr_ms=_milliseconds(values, "iqr_ms", line),
+            samples=_whole(values, "samples", line),
+        )
+    if values["iqr_ms"] or values["samples"]:
+        raise LatencyTableError(
+            f"{line}: what ran {OUT_OF_MEMORY} was not timed, so iqr_ms and samples should be empty, but are "
+            f"{values['iqr_ms']!r} and {values['samples']!r}. Empty them, or give the median."
+        )
+    return LatencyEntry.unfit(key, "ran out of memory, says the CSV")
 
 
 def _entry_name(values: Mapping[str, str], line: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ _DECISIVE_CPU_FLAGS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
     "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
+_UNTELLING = re.compile(r"\((r|tm)\)|\b(cpu|processor)\b")  # in the names of CPUs
 _VERSIONED_PACKAGES = ("torch", "timm", "prunefront")
 
 
@@ -42,6 +44,17 @@ class DeviceInfo(StrictModel):
         """Identity of hardware and threads: tables with another fingerprint must not be used here."""
         identity = [self.kind, self.name, self.threads if self.kind == "cpu" else None, sorted(self.cpu_features)]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def slug(self) -> str:
+        """Name of a folder for what was measured on it, such as ``amd-epyc-9b45-2-threads`` or ``nvidia-h200``.
+
+        For people: devices of one slug may differ in their instruction sets, which the fingerprint tells.
+        """
+        name = _UNTELLING.sub(" ", self.name.lower())
+        words = [word.strip(".") for word in re.split(r"[^a-z0-9.]+", name)]
+        if self.kind == "cpu" and self.threads is not None:
+            words += [str(self.threads), "thread" if self.threads == 1 else "threads"]
+        return "-".join(word for word in words if word) or self.kind
 
 
 def describe_device(device: str = "cpu") -> DeviceInfo:
@@ -77,6 +90,12 @@ def describe_device(device: str = "cpu") -> DeviceInfo:
         os=system,
         versions=versions,
     )
+
+
+def local_devices() -> dict[str, DeviceInfo]:
+    """What this machine can measure on, by the name that `torch_device` takes."""
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return {name: describe_device(name) for name in names}
 
 
 def torch_device(device: str) -> torch.device:
@@ -123,7 +142,14 @@ def usable_threads() -> int:
 
 def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
     """CPUs that the control group grants, or None without a limit; the tightest level of the tree counts."""
-    quotas: list[float] = []
+    return min(cgroup_cpu_quotas(root, membership).values(), default=None)
+
+
+def cgroup_cpu_quotas(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> dict[Path, float]:
+    """CPUs that each level of the control group's tree grants, by its folder; levels without a limit are left out."""
+    quotas: dict[Path, float] = {}
     for line in _read(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         base = root if not controllers else root / "cpu"
@@ -138,8 +164,8 @@ def cgroup_cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Pat
                 limit = _read(folder / "cpu.cfs_quota_us").strip()
                 period = _read(folder / "cpu.cfs_period_us").strip()
             if limit.isdecimal() and period.isdecimal() and int(limit) > 0 and int(period) > 0:
-                quotas.append(int(limit) / int(period))
-    return min(quotas, default=None)
+                quotas[folder] = int(limit) / int(period)
+    return quotas
 
 
 def _with_parents(base: Path, path: str) -> list[Path]:

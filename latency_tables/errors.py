@@ -2,7 +2,9 @@
 
 PrunefrontError
 ├── LatencyTableError        a table that is malformed, made for something else, or lacks what is asked of it
-│   └── UnmeasuredTokensError  a schedule needs more or fewer tokens than the table was measured for
+│   ├── UnmeasuredTokensError  a schedule needs more or fewer tokens than the table was measured for
+│   │   └── ExceedsMemoryError   a schedule needs what ran out of memory while the table was measured
+│   └── DisturbedError         other processes take CPU from measuring, and did not end in time
 └── MeasurementStoppedError  the caller's ``should_stop`` said so; finished entries are kept in the partial file
 """
 
@@ -17,6 +19,14 @@ class LatencyTableError(PrunefrontError, ValueError):
 
 class UnmeasuredTokensError(LatencyTableError):
     """A schedule that needs more or fewer tokens than the table was measured for."""
+
+
+class ExceedsMemoryError(UnmeasuredTokensError):
+    """A schedule that needs what ran out of memory while the table was measured."""
+
+
+class DisturbedError(LatencyTableError):
+    """Measuring that was given up, as other processes took CPU from it and did not end in time."""
 
 
 class MeasurementStoppedError(PrunefrontError, RuntimeError):

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import os
 import random
 import statistics
 import time
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from latency_tables.device import torch_device, usable_threads
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from latency_tables.foreign_cpu import CpuWatch, LinuxCpuWatch, Patience, foreign_cores
 from prunefront.runtimes import DTYPES, Forward, cast_modules, prepare
 
 Lap = Callable[[str], None]
@@ -43,7 +43,8 @@ WHOLE = "forward"  # Name of the only lap of a whole model.
 MEDIAN_ERROR_PER_IQR = 1.2533 / 1.349
 # Samples on either side whose median says how fast the machine is at a moment, and passes of estimating that.
 NEIGHBOURS, DRIFT_PASSES = 4, 5
-LEAST_OBSERVED_S = 0.5  # CPU time of the machine that says how busy it is: the kernel counts in hundredths of a second
+# Cores that others took, which are told as a likely reason where a measurement is noisy otherwise.
+NOTEWORTHY_FOREIGN_CORES = 0.1
 MIB = 2**20
 
 
@@ -88,9 +89,7 @@ class MeasureSettings:
     max_relative_error: float = 0.03  # Standard error of the median over the median: what a reader relies on.
     max_shift: float = 0.10  # Between the medians of both halves: drift that the canary did not cancel.
     max_canary_drift: float = 1.0  # Range of the smoothed canary over its median; more is no longer one machine.
-    # Share of the CPU that other processes used. A steady neighbour leaves no spread behind, but slows a model on all
-    # threads more than one that runs on few, and no canary cancels that.
-    max_foreign_cpu: float = 0.25
+    max_foreign_cores: float = 0.25  # That other processes took (`foreign_cpu`): a steady neighbour leaves no spread.
     attempts: int = 3
 
 
@@ -186,9 +185,10 @@ class LapSamples:
     """Drift-cancelled samples of one subject, by lap name, and how the run around them went."""
 
     laps: dict[str, tuple[float, ...]]  # Milliseconds, one value per run; laps of one name within a run are averaged.
+    totals: tuple[float, ...] = ()  # Of all laps together, one value per run.
     canary_ms: float
     canary_drift: float  # Range of the machine's slowness while it ran: 0.5 where it was once half as fast again.
-    foreign_cpu: float | None  # Share of the machine that other processes used meanwhile; None where unknown.
+    foreign_cores: float | None  # That other processes took from the run; None where unknown.
 
 
 def interleave(
@@ -199,6 +199,7 @@ def interleave(
     settings: MeasureSettings,
     rounds: Mapping[str, int] | None = None,
     seed: int = 0,
+    cpu: CpuWatch | None = None,
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> dict[str, LapSamples]:
@@ -208,6 +209,7 @@ def interleave(
 
     Args:
         rounds: Samples per subject; ``settings.min_rounds`` where it says nothing.
+        cpu: Tells what other processes took meanwhile.
 
     Raises:
         MeasurementStoppedError: As soon as ``should_stop`` says so; the samples are dropped.
@@ -217,7 +219,7 @@ def interleave(
     order = random.Random(seed)
     taken: list[tuple[str | None, dict[str, float], float]] = []  # Subject (None: the canary), laps, sum of them.
     done = 0
-    usage = _CpuUsage()
+    before = cpu.read() if cpu is not None else None
 
     def sample(key: str | None) -> float:
         laps = stopwatch.sample(canary if key is None else subjects[key])
@@ -241,24 +243,27 @@ def interleave(
             if progress is not None:
                 progress(done, total, key)
     sample(None)
+    foreign = foreign_cores(before, cpu.read(), cpu.threads) if cpu is not None else None
 
     slowness = _slowness([key for key, _, _ in taken], [total_ms for _, _, total_ms in taken])
     samples: dict[str, dict[str, list[float]]] = {key: {} for key in subjects}
+    totals: dict[str, list[float]] = {key: [] for key in subjects}
     canary_ms = []
     for (taken_key, means, total_ms), factor in zip(taken, slowness, strict=True):
         if taken_key is None:
             canary_ms.append(total_ms / factor)
             continue
+        totals[taken_key].append(total_ms / factor)
         for name, ms in means.items():
             samples[taken_key].setdefault(name, []).append(ms / factor)
     drift = max(slowness) - min(slowness)
-    foreign = usage.foreign_share()
     return {
         key: LapSamples(
             laps={name: tuple(values) for name, values in by_name.items()},
+            totals=tuple(totals[key]),
             canary_ms=statistics.median(canary_ms),
             canary_drift=drift,
-            foreign_cpu=foreign,
+            foreign_cores=foreign,
         )
         for key, by_name in samples.items()
     }
@@ -308,12 +313,20 @@ def summarise(
     peak_memory_mib: float | None = None,
     negligible_ms: float = 0.0,
 ) -> Measurement:
-    """Median, spread and percentiles of the samples, and whether they are too noisy to be used.
+    """Median, spread and percentiles of one lap's samples, and whether they are too noisy to be used.
+
+    Where a subject has several laps, the mean over the middle half of its runs, by their totals, stands for the median:
+    laps then add up to what the whole takes. Medians do not, as each leaves out the disturbances of its own runs, and
+    some part of a whole model is disturbed in every run.
 
     Args:
         negligible_ms: A spread that does not matter however large it is beside the median.
     """
     p10, q1, median, q3, p90, p99 = (float(q) for q in np.percentile(samples, (10, 25, 50, 75, 90, 99)))
+    if len(run.laps) > 1:
+        ranked = sorted(range(len(samples)), key=run.totals.__getitem__)
+        outer = len(ranked) // 4
+        median = statistics.fmean(samples[at] for at in ranked[outer : len(ranked) - outer])
     reasons = []
     if q3 - q1 > max(settings.max_relative_iqr * median, negligible_ms):
         reasons.append(
@@ -338,8 +351,9 @@ def summarise(
             f"the machine's speed moved by {run.canary_drift:.0%} meanwhile (at most "
             f"{settings.max_canary_drift:.0%} is allowed)"
         )
-    if run.foreign_cpu is not None and run.foreign_cpu > (0.05 if reasons else settings.max_foreign_cpu):
-        reasons.append(f"other processes used {run.foreign_cpu:.0%} of the CPU; close them and measure again")
+    allowed = NOTEWORTHY_FOREIGN_CORES if reasons else settings.max_foreign_cores
+    if run.foreign_cores is not None and run.foreign_cores > allowed:
+        reasons.append(f"other processes took {run.foreign_cores:.2f} cores; close them and measure again")
     return Measurement(
         median_ms=median,
         iqr_ms=q3 - q1,
@@ -370,31 +384,47 @@ def measure_subjects(
     peak_memory: Mapping[str, float | None] | None = None,
     negligible_ms: float = 0.0,
     seed: int = 0,
+    cpu: CpuWatch | None = None,
+    patience: Patience | None = None,
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> dict[str, dict[str, Measurement]]:
     """Interleave warm subjects, and again those that were noisy, up to ``settings.attempts`` times.
 
+    Args:
+        cpu: Tells what other processes take.
+        patience: Wait until they are quiet, and drop runs that they disturbed; without it they make a run noisy.
+
     Returns:
         Per subject a measurement per lap name: its first quiet attempt, or the least noisy one, with the reason.
+
+    Raises:
+        DisturbedError: If ``patience`` ended, or others disturbed ``settings.attempts`` runs in turn.
+        MeasurementStoppedError: As soon as ``should_stop`` says so.
     """
     best: dict[str, dict[str, Measurement]] = {}
     todo = list(subjects)
     for attempt in range(settings.attempts):
-        runs = interleave(
+        run = partial(
+            interleave,
             {key: subjects[key] for key in todo},
             canary=canary,
             stopwatch=stopwatch,
             settings=settings,
             rounds=rounds,
             seed=seed + attempt,
+            cpu=cpu,
             progress=_attempt_progress(progress, settings.attempts, attempt),
             should_stop=should_stop,
         )
-        for key, run in runs.items():
-            for lap, samples in run.laps.items():
+        if cpu is None or patience is None:
+            runs = run()
+        else:
+            runs = _undisturbed(run, cpu, patience, settings.attempts, progress, should_stop)
+        for key, sampled in runs.items():
+            for lap, samples in sampled.laps.items():
                 measured = summarise(
-                    samples, run, settings,
+                    samples, sampled, settings,
                     peak_memory_mib=(peak_memory or {}).get(key), negligible_ms=negligible_ms,
                 )  # fmt: skip
                 known = best.setdefault(key, {}).get(lap)
@@ -411,6 +441,33 @@ def measure_subjects(
     }
 
 
+def _undisturbed(
+    run: Callable[[], dict[str, LapSamples]],
+    cpu: CpuWatch,
+    patience: Patience,
+    attempts: int,
+    progress: Progress | None,
+    should_stop: ShouldStop | None,
+) -> dict[str, LapSamples]:
+    """Run while other processes are quiet, and again if they were not after all."""
+
+    def tell(message: str) -> None:
+        if should_stop is not None and should_stop():
+            raise MeasurementStoppedError(STOPPED)
+        if progress is not None:
+            progress(0.0, 1.0, message)
+
+    cores: float | None = None
+    for _ in range(attempts):
+        patience.wait(cpu, tell)
+        runs = run()
+        cores = next((one.foreign_cores for one in runs.values()), None)
+        if cores is None or patience.bears(cores):
+            return runs
+    assert cores is not None
+    raise patience.refusal(cores, f"in each of {attempts} runs")
+
+
 def _quieter(known: Measurement, new: Measurement) -> Measurement:
     """The attempt to keep: a quiet one over a noisy one, then the one with less spread."""
     if known.state != new.state:
@@ -418,8 +475,27 @@ def _quieter(known: Measurement, new: Measurement) -> Measurement:
     return known if known.iqr_ms * new.median_ms <= new.iqr_ms * known.median_ms else new
 
 
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model behind a runtime already, for what `measure_models` does not prepare itself."""
+
+    forward: Forward
+    module: nn.Module  # What runs, in its dtype: its weights count in the peak memory.
+    runtime: str
+
+
+def prepared_model(module: nn.Module, runtime: str, dtype: str, device: torch.device) -> PreparedModel:
+    """A module behind a runtime as `prunefront.runtimes.prepare` gives it, and what its memory is told with.
+
+    Raises:
+        PrunefrontError: As `prepare` does.
+    """
+    (cast_module,) = cast_modules([module], DTYPES[dtype], device)
+    return PreparedModel(prepare(cast_module, runtime, dtype, device), cast_module, runtime)
+
+
 def measure_models(
-    models: Mapping[str, nn.Module | Forward],
+    models: Mapping[str, nn.Module | PreparedModel | Forward],
     example_inputs: Tensor | Sequence[Tensor],
     *,
     device: str,
@@ -428,6 +504,8 @@ def measure_models(
     canary: str,
     settings: MeasureSettings | None = None,
     stopwatch: Stopwatch | None = None,
+    cpu: CpuWatch | None = None,
+    patience: Patience | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
@@ -438,11 +516,14 @@ def measure_models(
     returned with state ``noisy`` and the reason.
 
     Args:
-        models: Models by key. Modules are prepared (`prunefront.runtimes.prepare`); other callables must be ready.
+        models: Models by key. Modules are prepared (`prunefront.runtimes.prepare`) for ``runtime``; other callables
+            must be ready, and have no weights that peak memory could count.
         example_inputs: One batch of images, shape (B, C, H, W), or several of one shape that take turns (methods that
             look at the image are as fast as the images let them be). Cast to device and dtype.
         canary: Key of the model that cancels drift and that speed-ups refer to, normally the dense one.
         stopwatch: Injected by tests; chosen by device otherwise.
+        cpu: Injected by tests; this process's otherwise.
+        patience: Wait until other processes are quiet; without it a run that they disturbed is noisy.
         progress: Told the share done (of 1.0): warm-up is the first half, as compiling happens there.
 
     Returns:
@@ -450,6 +531,7 @@ def measure_models(
 
     Raises:
         LatencyTableError: If the canary is not among the models.
+        DisturbedError: If ``patience`` ended while other processes took CPU.
         MeasurementStoppedError: As soon as ``should_stop`` says so.
     """
     if canary not in models:
@@ -462,7 +544,7 @@ def measure_models(
         inputs = [batch.to(device=target, dtype=DTYPES[dtype]) for batch in batches]
         # Every warm-up, and so every compilation, is over before the first sample is taken.
         modules = {key: model for key, model in models.items() if isinstance(model, nn.Module)}
-        ready = dict(zip(modules, cast_modules([*modules.values()], DTYPES[dtype], target), strict=True))
+        cast_models = dict(zip(modules, cast_modules([*modules.values()], DTYPES[dtype], target), strict=True))
         subjects: dict[str, Subject] = {}
         memory: dict[str, float | None] = {}
         rounds: dict[str, int] = {}
@@ -471,15 +553,20 @@ def measure_models(
                 raise MeasurementStoppedError(STOPPED)
             if progress is not None:
                 progress(0.5 * number / len(models), 1.0, f"warming up {key}")
-            forward = prepare(ready[key], runtime, dtype, target) if key in ready else cast(Forward, model)
+            ready = prepared_model(cast_models[key], runtime, dtype, target) if key in cast_models else model
+            forward = ready.forward if isinstance(ready, PreparedModel) else cast(Forward, ready)
             subjects[key] = whole_model(forward, inputs)
             sample_ms = warm_up(subjects[key], watch, settings)
-            memory[key] = peak_memory_mib(partial(forward, inputs[0]), target, ready.get(key), runtime)
+            run = partial(forward, inputs[0])
+            if isinstance(ready, PreparedModel):
+                memory[key] = peak_memory_mib(run, target, ready.module, ready.runtime)
+            else:
+                memory[key] = peak_memory_mib(run, target)
             rounds[key] = rounds_for(sample_ms, settings)
 
         def second_half(done: float, total: float, message: str) -> None:
             if progress is not None:
-                progress(0.5 + 0.5 * done / total, 1.0, f"measuring {message}")
+                progress(0.5 + 0.5 * done / total, 1.0, message)
 
         measured = measure_subjects(
             subjects,
@@ -489,6 +576,8 @@ def measure_models(
             rounds=rounds,
             peak_memory=memory,
             seed=seed,
+            cpu=cpu or LinuxCpuWatch(target),
+            patience=patience,
             progress=second_half,
             should_stop=should_stop,
         )
@@ -515,11 +604,14 @@ def whole_model(forward: Forward, inputs: Sequence[Tensor]) -> Subject:
 
 
 def _attempt_progress(progress: Progress | None, attempts: int, attempt: int) -> Progress | None:
-    if progress is None or attempt == 0:
-        return progress
+    if progress is None:
+        return None
 
     def report(done: float, total: float, message: str) -> None:
-        progress(total, total, f"{message} again, attempt {attempt + 1} of {attempts}: it was noisy")
+        if attempt == 0:
+            progress(done, total, f"measuring {message}")
+        else:
+            progress(total, total, f"measuring {message} again, attempt {attempt + 1} of {attempts}: it was noisy")
 
     return report
 
@@ -575,30 +667,3 @@ def _status_kib(field: str) -> int | None:
         if line.startswith(f"{field}:"):
             return int(line.split()[1])
     return None
-
-
-class _CpuUsage:
-    """Share of the machine's CPU time that other processes use between two moments (Linux; None elsewhere)."""
-
-    def __init__(self) -> None:
-        self._start = self._read()
-
-    def foreign_share(self) -> float | None:
-        end = self._read()
-        if self._start is None or end is None or end[1] <= self._start[1]:
-            return None
-        busy, total, own = (after - before for before, after in zip(self._start, end, strict=True))
-        if total < LEAST_OBSERVED_S:
-            return None
-        return max(0.0, min(1.0, (busy - own) / total))
-
-    @staticmethod
-    def _read() -> tuple[float, float, float] | None:
-        try:
-            fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        ticks = os.sysconf("SC_CLK_TCK")
-        idle = fields[3] + fields[4]
-        used = os.times()
-        return (sum(fields) - idle) / ticks, sum(fields) / ticks, used.user + used.system

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,10 @@ PARTIAL_FORMAT = "prunefront/latency-table-partial/1"
 class FinishedGroup:
     """What one interleaved run gave. Times are relative to the canary of that run."""
 
-    canary_ms: float
+    canary_ms: float | None  # None where all of it ran out of memory, so that nothing was timed.
     entries: tuple[LatencyEntry, ...] = ()
     whole_models: tuple[tuple[PruneConfig, float, float], ...] = ()  # Config, median and IQR in ms.
+    unfit_models: tuple[PruneConfig, ...] = ()  # Whole models that ran out of memory.
     seconds: float = 0.0
 
 
@@ -52,6 +54,7 @@ class PartialFile:
                 "seconds": group.seconds,
                 "entries": [entry.model_dump(mode="json") for entry in group.entries],
                 "whole_models": [[config.to_dict(), ms, iqr] for config, ms, iqr in group.whole_models],
+                "unfit_models": [config.to_dict() for config in group.unfit_models],
             }
         )
 
@@ -120,13 +123,24 @@ class PartialFile:
 
 def _parse_group(document: dict[str, Any]) -> FinishedGroup:
     return FinishedGroup(
-        canary_ms=float(document["canary_ms"]),
+        canary_ms=None if document["canary_ms"] is None else float(document["canary_ms"]),
         seconds=float(document["seconds"]),
         entries=tuple(LatencyEntry.model_validate(entry) for entry in document["entries"]),
         whole_models=tuple(
             (PruneConfig.model_validate(config), float(ms), float(iqr)) for config, ms, iqr in document["whole_models"]
         ),
+        # Older builds knew none.
+        unfit_models=tuple(PruneConfig.model_validate(config) for config in document.get("unfit_models", ())),
     )
+
+
+def canary_drift(groups: Sequence[FinishedGroup]) -> float | None:
+    """How much the machine's speed moved between the groups: range of the canaries over their median.
+
+    None for a single group, which says nothing about that; groups that timed nothing do not count.
+    """
+    canaries = [group.canary_ms for group in groups if group.canary_ms is not None]
+    return (max(canaries) - min(canaries)) / statistics.median(canaries) if len(canaries) > 1 else None
 
 
 def rescaled(
@@ -136,13 +150,18 @@ def rescaled(
 
     Returns:
         The canary's median in ms, the entries, and the whole models (config, median, IQR).
+
+    Raises:
+        LatencyTableError: If nothing was timed, since all of it ran out of memory.
     """
-    canaries = sorted(group.canary_ms for group in groups)
+    canaries = sorted(group.canary_ms for group in groups if group.canary_ms is not None)
+    if not canaries:
+        raise LatencyTableError("Every part of the model ran out of memory. Choose a smaller batch size.")
     reference = canaries[len(canaries) // 2]
     entries = []
     whole_models = []
     for group in groups:
-        factor = reference / group.canary_ms
+        factor = reference / (group.canary_ms or reference)
         for entry in group.entries:
             scaled = {
                 name: value * factor

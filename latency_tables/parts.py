@@ -205,13 +205,12 @@ class ReductionKind:
 
 
 def _kinds() -> dict[str, ReductionKind]:
-    prune, merge = ("evit.prune",), ("hybrid.merge",)
     valued = {"score": "cls_value"}
     kinds: list[tuple[str, tuple[str, ...], dict[str, Any], str | None, tuple[str, ...]]] = [
         ("evit.prune", ("prune",), {}, None, ()),
         ("evit.fuse", ("fuse",), {}, None, ()),
         ("tome.merge", ("merge",), {}, None, ()),
-        ("ppt.prune", ("pool_or_prune",), {"threshold": 0}, None, prune),
+        ("ppt.prune", ("pool_or_prune",), {"threshold": 0}, None, ("evit.prune",)),
         ("ppt.pool", ("pool_or_prune",), {"threshold": None}, "tome.merge", ()),
         # Both branches are computed.
         ("ppt.pool_or_prune", ("pool_or_prune",), {"threshold": 1e-9}, None, ("ppt.prune", "ppt.pool")),
@@ -221,8 +220,8 @@ def _kinds() -> dict[str, ReductionKind]:
         ("hybrid.prune", ("prune",), {}, "evit.prune", ()),
         ("hybrid.fuse", ("fuse",), {}, "evit.fuse", ()),
         ("hybrid.merge", ("merge",), {}, "tome.merge", ()),
-        ("hybrid.prune+merge", ("prune", "merge"), {}, None, ("hybrid.prune", *merge)),
-        ("hybrid.fuse+merge", ("fuse", "merge"), {}, None, ("hybrid.fuse", *merge)),
+        ("hybrid.prune+merge", ("prune", "merge"), {}, None, ("hybrid.prune", "hybrid.merge")),
+        ("hybrid.fuse+merge", ("fuse", "merge"), {}, None, ("hybrid.fuse", "hybrid.merge")),
         ("hybrid.prune:cls_value", ("prune",), valued, "ppt.prune", ()),
         ("hybrid.fuse:cls_value", ("fuse",), valued, "hybrid.fuse", ()),
         ("hybrid.prune+merge:cls_value", ("prune", "merge"), valued, "hybrid.prune+merge", ()),
@@ -230,7 +229,7 @@ def _kinds() -> dict[str, ReductionKind]:
         ("dynamicvit.select", ("select",), {}, None, ()),
         ("spvit.select", ("select",), {"mode": "fixed"}, None, ()),
         ("trilevel.prune", ("prune",), {}, "evit.prune", ()),
-        (f"trilevel.prune{CONNECTIONS}", ("prune",), {"attn_ratio": 0.3}, None, prune),
+        (f"trilevel.prune{CONNECTIONS}", ("prune",), {"attn_ratio": 0.3}, None, ()),
     ]
     return {
         name: ReductionKind(

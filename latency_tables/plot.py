@@ -99,11 +99,16 @@ def _figure(columns: int) -> Figure:
 
 
 def _draw_entries(axes: Axes, groups: Mapping[str, Sequence[LatencyEntry]], style: str) -> None:
+    unfit: list[int] = []
     for name, entries in groups.items():
-        if entries:
+        timed = [(one.tokens_in, one.median_ms, one.iqr_ms / 2) for one in entries if one.median_ms is not None]
+        unfit += [entry.tokens_in for entry in entries if entry.median_ms is None]
+        if timed:
+            tokens, medians_ms, spreads_ms = zip(*timed, strict=True)
             axes.errorbar(
-                [entry.tokens_in for entry in entries], [entry.median_ms for entry in entries],
-                yerr=[entry.iqr_ms / 2 for entry in entries], fmt=style, markersize=4, linewidth=1, label=name,
+                tokens, medians_ms, yerr=spreads_ms, fmt=style, markersize=4, linewidth=1, label=name
             )  # fmt: skip
+    if unfit:
+        axes.plot(unfit, [0.0] * len(unfit), "x", color="black", clip_on=False, label="out of memory")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="x-small")

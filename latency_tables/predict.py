@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latency_tables.device import DeviceInfo
-from latency_tables.errors import LatencyTableError, UnmeasuredTokensError
+from latency_tables.errors import ExceedsMemoryError, LatencyTableError, UnmeasuredTokensError
 from latency_tables.interpolation import Curve, Surface, in_proportion
 from latency_tables.memory import MemoryLookup
 from latency_tables.parts import (
@@ -38,6 +38,7 @@ from latency_tables.parts import (
     kind_name,
     measured_methods,
 )
+from latency_tables.reach import Reach
 from latency_tables.schema import LatencyTable
 from prunefront.config import ConfigSource, load_config
 from prunefront.geometry import ModelGeometry, block_key, geometry_for
@@ -100,12 +101,16 @@ class Predictor:
         self.name = table.name
         self.block_key = table.block_key
         self.batch_size = table.batch_size
+        self._device = table.device.name
         self._correction = table.correction
-        groups = {
-            name: {(entry.tokens_in, entry.tokens_out): entry.median_ms for entry in entries}
-            for name, entries in table.entries_by_name.items()
-        }
+        groups = table.latencies_ms
+        self._reach = _reaches(table)
         for needed in (ATTENTION, MLP):
+            if needed not in groups and needed in self._reach:
+                raise LatencyTableError(
+                    f"Nothing can be predicted from table {self.name!r}: {needed!r} ran out of memory at every token "
+                    f"count, at batch size {self.batch_size} on {self._device}. Build one with a smaller batch size."
+                )
             if needed not in groups:
                 raise LatencyTableError(
                     f"Table {self.name!r} has no {needed!r} entries, so nothing can be predicted from it. Measure the "
@@ -135,34 +140,32 @@ class Predictor:
             if kind.entry in groups
         }
 
-    def predict(self, schedule: TokenSchedule, padded: Sequence[bool] = ()) -> Prediction:
+    def predict(self, schedule: TokenSchedule) -> Prediction:
         """Look a schedule up.
 
         Args:
             schedule: Of every image of a batch.
-            padded: Per site, whether from there on some images are padded to these counts, which costs a mask as small
-                as the bias of token sizes; none by default.
 
         Raises:
+            ExceedsMemoryError: If it needs what ran out of memory.
             LatencyTableError: If it needs token counts or operations that were not measured.
         """
         options = dict(schedule.options)
         method = get_method(schedule.method)
         proportional = method.uses_size_bias(options)
-        padding = iter(padded)
-        sized = masked = is_padded = False
+        sized = masked = False
         appended = 0  # Beyond the tokens of the image; the table need not reach that far.
         blocks = []
         working_mib = []  # Of every block.
         for block in schedule.blocks:
             if method.carries_added_tokens:
                 appended += len(block.steps)
+            self.require_halves(f"Block {block.index}", max(block.tokens_entering, block.tokens_in, block.tokens_out))
             self._require_measured(block, appended)
-            for _ in block.steps:
-                is_padded = next(padding, False)
             attention = _half_ms(self._attention, block.tokens_in)
-            bias = MASKED_ATTENTION if masked else SIZED_ATTENTION if is_padded or (sized and proportional) else None
+            bias = MASKED_ATTENTION if masked else SIZED_ATTENTION if sized and proportional else None
             if bias is not None:
+                self._require_room(f"Block {block.index}", bias, block.tokens_in)
                 attention += self._bias_extra[bias](block.tokens_in)
             reduction, entry, has_predictor = 0.0, None, False
             if block.steps:
@@ -182,6 +185,8 @@ class Predictor:
                 )
             )  # fmt: skip
         first, last = schedule.blocks[0].tokens_entering, schedule.blocks[-1].tokens_out
+        self._require_room("The model", STEM, first)
+        self._require_room("The model", HEAD, last)
         rest_ms = in_proportion(self._stem, first) + self._head(last)
         memory = self._memory
         plain = Prediction(latency_ms=0.0, rest_ms=rest_ms, blocks=tuple(blocks))
@@ -197,16 +202,10 @@ class Predictor:
         """`predict_distribution` for a schedule."""
         self._check_counts(schedule, counts)
         num_batches = len(counts) // self.batch_size
-        batches = counts[: num_batches * self.batch_size].reshape(num_batches, self.batch_size, -1)
-        most = batches.max(axis=1)
-        shapes, places = np.unique(
-            np.concatenate([most, most > batches.min(axis=1)], axis=1), axis=0, return_inverse=True
-        )
-        of_shapes = [
-            self.predict(schedule_of_counts(schedule, kept.tolist()), padded.tolist()).latency_ms
-            for kept, padded in (np.split(shape, 2) for shape in shapes)
-        ]
-        latencies_ms = np.array(of_shapes)[places.reshape(-1)]
+        rows, places = np.unique(counts[: num_batches * self.batch_size], axis=0, return_inverse=True)
+        of_rows = [self.predict(schedule_of_counts(schedule, kept.tolist())).latency_ms for kept in rows]
+        # Batches are packed: an image takes its share of what a batch of its like takes.
+        latencies_ms = np.array(of_rows)[places.reshape(num_batches, self.batch_size)].mean(axis=1)
         p50_ms, p95_ms = np.percentile(latencies_ms, [50, 95])
         return LatencyDistribution(
             mean_ms=float(latencies_ms.mean()), p50_ms=float(p50_ms), p95_ms=float(p95_ms), num_batches=num_batches
@@ -252,16 +251,16 @@ class Predictor:
 
     def _reduction_ms(self, kinds: Sequence[str], block: BlockSchedule) -> float:
         """Cost of reductions that ``kinds`` add up to: one for each step, or all at what the block removes."""
-        if len(kinds) == len(block.steps):
-            return sum(
-                self._overhead[kind](step.tokens_in, step.tokens_out)
-                for kind, step in zip(kinds, block.steps, strict=True)
-            )
-        return sum(self._overhead[kind](block.tokens_entering, block.tokens_out) for kind in kinds)
+        points = [(step.tokens_in, step.tokens_out) for step in block.steps]
+        if len(kinds) != len(points):
+            points = [(block.tokens_entering, block.tokens_out)] * len(kinds)
+        for kind, point in zip(kinds, points, strict=True):
+            self._require_room(f"Block {block.index}", BLOCK + kind, *point)
+        return sum(self._overhead[kind](*point) for kind, point in zip(kinds, points, strict=True))
 
     def _known_kinds(self, name: str) -> tuple[str, ...] | None:
         """The kind itself, one that stands in for it, or several that add up to it; None without their entries."""
-        if name in self._overhead:
+        if name in self._overhead or BLOCK + name in self._reach:
             return (name,)
         kind = REDUCTION_KINDS[name]
         parts = [self._known_kinds(part) for part in ((kind.like,) if kind.like else kind.parts)]
@@ -276,6 +275,31 @@ class Predictor:
             f"Table {self.name!r} has no entry {BLOCK + kind!r}, which this schedule needs; it knows "
             f"{', '.join(sorted(BLOCK + known for known in self._overhead)) or 'no reductions'}. Rebuild the table, "
             "add the entry to the CSV, or choose a method that it knows."
+        )
+
+    def require_halves(self, what: str, tokens: int) -> None:
+        """Refuse a block on so many tokens where its halves ran out of memory.
+
+        Args:
+            what: Begins the sentence.
+            tokens: Prefix tokens counted.
+
+        Raises:
+            ExceedsMemoryError: If they did.
+        """
+        self._require_room(what, ATTENTION, tokens)
+        self._require_room(what, MLP, tokens)
+
+    def _require_room(self, what: str, entry: str, tokens: int, tokens_out: int | None = None) -> None:
+        """Refuse what is not known to fit; ``tokens_out`` are those left, all by default."""
+        reach = self._reach.get(entry)
+        if reach is None or reach.covers(tokens, tokens if tokens_out is None else tokens_out):
+            return
+        points = f"{tokens} tokens" if tokens_out is None else f"{tokens} -> {tokens_out} tokens"
+        fits = f"up to {reach.max_tokens} tokens" if reach.max_tokens else "at no token count for certain"
+        raise ExceedsMemoryError(
+            f"{what} needs {entry!r} on {points}, which ran out of memory at batch size {self.batch_size} on "
+            f"{self._device} (table {self.name!r}; it fits {fits}). Choose a smaller batch size or fewer tokens."
         )
 
     def _require_measured(self, block: BlockSchedule, appended: int) -> None:
@@ -313,8 +337,8 @@ def predict_distribution(
 ) -> LatencyDistribution:
     """Expected latencies of a model whose images keep counts of their own, such as adaptive SPViT's.
 
-    Batches are filled in the order of the images and padded to their largest counts; the rest of the images is left
-    out.
+    Batches are filled in the order of the images; the rest of the images is left out. Nothing is padded, so a batch
+    takes the mean of what batches of images like each of its own would take.
 
     Args:
         table: Measured or imported.
@@ -392,6 +416,7 @@ def check_table_matches(
             "Build a table here with `prunefront table build`, or choose the one made for this."
         )
     require_same_blocks(table, geometry, "the model")
+    predictor_of(table).require_halves("The model", geometry.num_tokens)
     if geometry.num_tokens > predictor_of(table).max_tokens:
         raise LatencyTableError(
             f"Table {table.name!r} reaches up to {predictor_of(table).max_tokens} tokens, but the model has "
@@ -412,6 +437,21 @@ def check_table_matches(
 def _half_ms(curve: Curve, tokens: int) -> float:
     """Half a block; the few tokens that a method appended to all of an image's cost in proportion."""
     return curve(tokens) * max(1.0, tokens / curve.tokens[-1])
+
+
+def _reaches(table: LatencyTable) -> dict[str, Reach]:
+    """By name, how far the entries reach that ran out of memory somewhere."""
+    reaches = {}
+    for name in {entry.entry for entry in table.unfit_entries}:
+        fitted: list[tuple[int, int]] = []
+        failed: list[tuple[int, int]] = []
+        for entry in table.entries_by_name[name]:
+            # Only a reduction is looked up by both counts, the stem by those that it makes, the rest by those it takes.
+            tokens = entry.tokens_out if name == STEM else entry.tokens_in
+            point = (tokens, entry.tokens_out if name.startswith(BLOCK) else tokens)
+            (failed if entry.median_ms is None else fitted).append(point)
+        reaches[name] = Reach(fitted, failed)
+    return reaches
 
 
 def _curve(points: Mapping[tuple[int, int], float]) -> Curve:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from latency_tables.measure import WHOLE, Lap
 
 IDLE = "idle"  # Lap of nothing: what reading the clock takes.
+CALL = "call"  # Laps before and after the forward pass: what calling a compiled model takes.
 FEED = "feed"  # Lap of cutting a stage's input to its tokens; of no interest.
 IDLE_LAPS = 3
 
@@ -73,7 +74,7 @@ def without_mlp(block: nn.Module) -> nn.Module:
 class Probe(nn.Module):
     """The whole model, the stem, and every stage, each timed by itself; images (B, C, H, W) → the last output.
 
-    Laps are ``WHOLE``, the stem's and those of the stages' parts by their names, ``IDLE`` and ``FEED`` besides.
+    Laps are ``WHOLE``, the stem's and those of the stages' parts; ``CALL``, ``IDLE`` and ``FEED`` besides.
     """
 
     def __init__(self, model: nn.Module, stem: tuple[str, nn.Module], stages: Sequence[Stage]) -> None:
@@ -83,13 +84,14 @@ class Probe(nn.Module):
         self.parts = nn.ModuleList(nn.ModuleList(module for _, module in stage.parts) for stage in stages)
         self._tokens = [stage.tokens for stage in stages]
         self.lap_names = [
-            FEED, *itertools.repeat(IDLE, IDLE_LAPS), WHOLE, stem[0],
+            CALL, FEED, *itertools.repeat(IDLE, IDLE_LAPS), WHOLE, stem[0],
             *(name for stage in stages for name in (FEED, *(name for name, _ in stage.parts))),
         ]  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.clone()  # Theirs must not be marked as changed.
         marks = itertools.count()
+        _lap(images[0, 0, 0, :1].clone(), images[0, 0, 0, :1].neg(), next(marks))
+        images = images.clone()  # Theirs must not be marked as changed.
         for _ in range(1 + IDLE_LAPS):
             _lap(images[0, 0, 0, :1].clone(), images, next(marks))
         logits = self.model(images)

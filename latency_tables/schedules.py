@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latency_tables.errors import LatencyTableError
+from latency_tables.errors import ExceedsMemoryError, LatencyTableError
 from latency_tables.parts import measured_methods
 from prunefront.config import ModelSpec, PruneConfig, Site
 from prunefront.errors import ModelError
@@ -40,10 +40,12 @@ def random_configs(
         num: Configs wanted, in random order of cost.
         seed: Equal seeds give equal configs.
         methods: Names; all that can rank tokens on this model by default.
-        cost: Latency or MACs of a config; MACs by default.
+        cost: Latency or MACs of a config; MACs by default. Configs for which it raises `ExceedsMemoryError` are not
+            drawn.
 
     Raises:
         LatencyTableError: If no method can run on the model.
+        ExceedsMemoryError: If the dense model, or every schedule of every method, exceeds the memory.
     """
     draw = random.Random(seed)
     names = [name for name in (measured_methods() if methods is None else methods) if _usable(name, geometry, spec)]
@@ -51,8 +53,16 @@ def random_configs(
         raise LatencyTableError(
             "None of the methods can run on this model, so there is nothing to draw schedules from."
         )
-    measure = cost or (lambda config: float(macs_of_schedule(plan_schedule(config, geometry), geometry).model))
-    dense = measure(PruneConfig(model=spec, method="hybrid"))
+    known = cost or (lambda config: float(macs_of_schedule(plan_schedule(config, geometry), geometry).model))
+    dense = known(PruneConfig(model=spec, method="hybrid"))
+
+    def measure(config: PruneConfig) -> float:
+        """Beyond every target where it exceeds the memory: stronger reductions and other patterns are tried then."""
+        try:
+            return known(config)
+        except ExceedsMemoryError:
+            return math.inf
+
     width = (HIGHEST_COST - LOWEST_COST) / num
     targets = [LOWEST_COST + width * (stratum + draw.random()) for stratum in range(num)]
     draw.shuffle(targets)
@@ -65,7 +75,13 @@ def random_configs(
             if drawn[-1][0] <= target * dense:
                 break
         # Where nothing reaches the target (blocks whose cost hardly depends on tokens), the cheapest is taken.
-        configs.append(min(drawn, key=lambda one: one[0])[1])
+        cheapest = min(drawn, key=lambda one: one[0])
+        if cheapest[0] == math.inf:
+            raise ExceedsMemoryError(
+                f"Every schedule that was drawn of {', '.join(names)} needs what ran out of memory while the table was "
+                "measured. Choose a smaller batch size."
+            )
+        configs.append(cheapest[1])
     return configs
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from latency_tables.device import DeviceInfo, describe_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
+from latency_tables.shipped import is_shipped, refuse_shipped, shipped_file
 from prunefront.config import Dtype, ModelSpec, PruneConfig, StrictModel, describe_validation_error
 from prunefront.config import Runtime as MeasuredRuntime
 from prunefront.files import write_json_atomic
@@ -28,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 TABLE_FORMAT: Final = "prunefront/latency-table/1"
+MAX_CANARY_DRIFT = 0.25  # Of a table to trust: its runs are brought to one speed, as if all parts changed theirs alike.
 
 # What a table may be of: what can be measured here, and what can be imported.
 Runtime = Literal[MeasuredRuntime, "tensorrt"]
@@ -44,17 +46,42 @@ class LatencyEntry(StrictModel):
     )
     tokens_in: Tokens
     tokens_out: Tokens
-    median_ms: Milliseconds
+    median_ms: Milliseconds | None = Field(description="Null where it ran out of memory, and only there.")
     iqr_ms: Milliseconds = Field(default=0.0, description="Interquartile range of the samples.")
-    samples: Annotated[int, Field(ge=1)] = 1
+    samples: Annotated[int, Field(ge=0)] = 1
     p10_ms: Milliseconds | None = None
     p90_ms: Milliseconds | None = None
     peak_memory_mib: Mebibytes | None = Field(
         default=None,
         description="Most memory in use while it ran, its input included and the model's weights left out.",
     )
-    state: Literal["ok", "noisy"] = "ok"
-    reason: str | None = Field(default=None, description="Why an entry is noisy.")
+    state: Literal["ok", "noisy", "out_of_memory"] = "ok"
+    reason: str | None = Field(default=None, description="Why an entry is noisy, or what ran out of memory.")
+
+    @model_validator(mode="after")
+    def _was_timed_or_ran_out_of_memory(self) -> LatencyEntry:
+        ran_out = self.state == "out_of_memory"
+        if (self.median_ms is None) != ran_out or (self.samples == 0) != ran_out:
+            raise ValueError(
+                f"entry {self.entry!r} at {self.tokens_in} -> {self.tokens_out} tokens is {self.state!r} with a median "
+                f"of {self.median_ms} ms of {self.samples} samples; only what ran out of memory has null and 0, and it "
+                "has both"
+            )
+        if ran_out and not self.reason:
+            raise ValueError(
+                f"entry {self.entry!r} at {self.tokens_in} -> {self.tokens_out} tokens ran out of memory without a "
+                "reason; give one"
+            )
+        return self
+
+    @classmethod
+    def unfit(cls, key: tuple[str, int, int], reason: str) -> LatencyEntry:
+        """The entry of what ran out of memory."""
+        name, tokens_in, tokens_out = key
+        return cls(
+            entry=name, tokens_in=tokens_in, tokens_out=tokens_out, median_ms=None, samples=0, state="out_of_memory",
+            reason=reason,
+        )  # fmt: skip
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -140,6 +167,11 @@ class LatencyTable(StrictModel):
     created_at: datetime
     build_s: Annotated[float, Field(ge=0)] | None = Field(default=None, description="Seconds the build took.")
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model beside the entries (canary).")
+    canary_drift: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Range of the dense model's medians in the runs of the build, over their median: how much the "
+        "machine's speed moved meanwhile. Null where there was one run.",
+    )
     weights: WeightMemory | None = Field(
         default=None, description="What peak memory is predicted with; null where the table does not tell memory."
     )
@@ -178,8 +210,27 @@ class LatencyTable(StrictModel):
         return {name: tuple(sorted(group, key=lambda e: e.key)) for name, group in groups.items()}
 
     @property
+    def latencies_ms(self) -> dict[str, dict[tuple[int, int], float]]:
+        """Medians by name of the entry, then by tokens in and out; without what ran out of memory."""
+        groups: dict[str, dict[tuple[int, int], float]] = {}
+        for entry in self.entries:
+            if entry.median_ms is not None:
+                groups.setdefault(entry.entry, {})[entry.tokens_in, entry.tokens_out] = entry.median_ms
+        return groups
+
+    @property
     def noisy_entries(self) -> tuple[LatencyEntry, ...]:
         return tuple(entry for entry in self.entries if entry.state == "noisy")
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the machine kept about its speed during the build."""
+        return self.canary_drift is None or self.canary_drift <= MAX_CANARY_DRIFT
+
+    @property
+    def unfit_entries(self) -> tuple[LatencyEntry, ...]:
+        """What ran out of memory at the table's batch size."""
+        return tuple(entry for entry in self.entries if entry.state == "out_of_memory")
 
     def evolve(self, **changes: Any) -> LatencyTable:
         """A checked copy with some fields replaced."""
@@ -188,7 +239,7 @@ class LatencyTable(StrictModel):
 
 
 def load_table(source: str | os.PathLike[str] | Mapping[str, Any] | IO[str] | IO[bytes]) -> LatencyTable:
-    """Read a table from a path, a dict or an open file.
+    """Read a table from a path, a dict or an open file, or a shipped one by its name (`latency_tables.shipped`).
 
     Raises:
         LatencyTableError: If it cannot be read, is not JSON, or is not a table; the sentence says which.
@@ -197,8 +248,9 @@ def load_table(source: str | os.PathLike[str] | Mapping[str, Any] | IO[str] | IO
         return parse_table(source, "latency table")
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
+        path = shipped_file(name) if is_shipped(name) else Path(name)
         try:
-            text: str | bytes = Path(source).read_bytes()
+            text: str | bytes = path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL
             reason = getattr(error, "strerror", None) or error
             raise LatencyTableError(f"Cannot read latency table {name}: {reason}. Check the path.") from error
@@ -252,6 +304,15 @@ def save_table(table: LatencyTable, path: str | os.PathLike[str]) -> Path:
     """Write the table as JSON, all or nothing.
 
     Raises:
+        LatencyTableError: If the path is the name of a shipped table.
         FileWriteError: If the file cannot be written; what stood there before is intact.
     """
-    return write_json_atomic(path, table.model_dump(mode="json"))
+    refuse_shipped(path)
+    document = table.model_dump(mode="json")
+    if table.validation is not None:
+        # Configs without what they leave to defaults: a third of the file of a validated table.
+        document["validation"]["points"] = [
+            written | {"config": point.config.model_dump(mode="json", exclude_defaults=True)}
+            for written, point in zip(document["validation"]["points"], table.validation.points, strict=True)
+        ]
+    return write_json_atomic(path, document)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from latency_tables.device import describe_device, torch_device
-from latency_tables.errors import LatencyTableError
+from latency_tables.errors import ExceedsMemoryError, LatencyTableError
+from latency_tables.foreign_cpu import CpuWatch, Patience
 from latency_tables.measure import (
     Measurement,
     MeasureSettings,
@@ -20,6 +23,7 @@ from latency_tables.measure import (
     Stopwatch,
     measure_models,
 )
+from latency_tables.out_of_memory import if_it_fits
 from latency_tables.predict import check_table_matches, predict, predict_latency_ms, predictor_of
 from latency_tables.schedules import random_configs
 from latency_tables.schema import LatencyTable, ValidationPoint, ValidationReport
@@ -29,9 +33,12 @@ from prunefront.geometry import geometry_of
 from prunefront.runtimes import DTYPES, RUNTIMES, cast_modules, use_shared_compile_cache
 from prunefront.schedule import plan_schedule
 
+logger = logging.getLogger(__name__)
+
 DENSE = "dense"
 SCHEDULES_PER_RUN = 10  # Measured against each other at once; a run is short enough for the machine to stay as it is.
 SETTINGS = MeasureSettings(warmup_rounds=2, min_rounds=8, max_rounds=40, target_s=1.0)
+PATIENCE = Patience()
 
 
 def validate_table(
@@ -45,11 +52,14 @@ def validate_table(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
     settings: MeasureSettings = SETTINGS,
+    patience: Patience | None = PATIENCE,
     stopwatch: Stopwatch | None = None,
+    cpu: CpuWatch | None = None,
 ) -> ValidationReport:
     """Measure random schedules of all methods, spread over 30-100 % of the dense latency, and compare.
 
-    Measured values are as they are; nothing is scaled to the table. Noisy ones count as well.
+    Measured values are as they are; nothing is scaled to the table. Noisy ones count as well. Models that run out of
+    memory are left out, with a warning.
 
     Args:
         table: For this machine, runtime and dtype.
@@ -59,9 +69,14 @@ def validate_table(
         spec: Another model of the same blocks; the table's own by default.
         methods: Restrict to these; all that the table has entries for by default.
         progress: Told schedules done of ``num_schedules``.
+        patience: With processes that take CPU from the measurements; None measures beside them, and counts what they
+            disturb as noisy.
+        stopwatch, cpu: Injected by tests.
 
     Raises:
-        LatencyTableError: If the table is not for this machine, or was made for a runtime that cannot run here.
+        LatencyTableError: If the table is not for this machine, or was made for a runtime that cannot run here; an
+            `ExceedsMemoryError` if no schedule fits into memory.
+        DisturbedError: If ``patience`` ended.
         MeasurementStoppedError: When stopped.
     """
     if num_schedules < 1 or not 0 <= seed < 2**32:
@@ -100,10 +115,9 @@ def validate_table(
     )
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn((table.batch_size, geometry.in_chans, *geometry.img_size), generator=generator)
-    points: list[ValidationPoint] = []
-    dense_ms: list[float] = []  # Per point, of its run.
-    for start in range(0, len(configs), SCHEDULES_PER_RUN):
-        chosen = configs[start : start + SCHEDULES_PER_RUN]
+
+    def measure(start: int, chosen: Sequence[PruneConfig]) -> list[tuple[ValidationPoint, float]]:
+        """Points, and the latency of the dense model in their run."""
         models: dict[str, nn.Module] = {DENSE: dense}
         models |= {str(number): compress(dense, config) for number, config in enumerate(chosen)}
         measured = measure_models(
@@ -115,15 +129,41 @@ def validate_table(
             canary=DENSE,
             settings=settings,
             stopwatch=stopwatch,
+            cpu=cpu,
+            patience=patience,
             seed=start,
             progress=_shifted(progress, start, len(chosen), len(configs)),
             should_stop=should_stop,
         )
-        dense_ms += [measured[DENSE].median_ms] * len(chosen)
-        points += [
-            _point(table, config, measured[str(number)], measured[DENSE].median_ms)
-            for number, config in enumerate(chosen)
+        dense_ms = measured[DENSE].median_ms
+        return [
+            (_point(table, config, measured[str(number)], dense_ms), dense_ms) for number, config in enumerate(chosen)
         ]
+
+    found: list[tuple[ValidationPoint, float]] = []
+    for start in range(0, len(configs), SCHEDULES_PER_RUN):
+        chosen = configs[start : start + SCHEDULES_PER_RUN]
+        together = if_it_fits(partial(measure, start, chosen), target)
+        if together is not None:
+            found += together
+            continue
+        # Beside nine others there may be no room for a model that fits by itself.
+        for number, config in enumerate(chosen, start):
+            alone = if_it_fits(partial(measure, number, [config]), target)
+            if alone is None:
+                logger.warning(
+                    "Held-out schedule %d of %d ran out of memory at batch size %d on %s and is left out",
+                    number + 1, len(configs), table.batch_size, info.name,
+                    extra={"action": "validate_table", "config": config.to_dict()},
+                )  # fmt: skip
+            found += alone or []
+    if not found:
+        raise ExceedsMemoryError(
+            f"None of {len(configs)} held-out schedules of {spec.name!r} fits into memory at batch size "
+            f"{table.batch_size} on {info.name}. Close what else uses it, or validate a table of a smaller batch size."
+        )
+    points = [point for point, _ in found]
+    dense_ms = [ms for _, ms in found]
     dense_predicted_ms = predict_latency_ms(table, PruneConfig(model=spec, method="hybrid"))
     speedup_errors = [
         (point.predicted_ms / dense_predicted_ms) / (point.measured_ms / dense) - 1.0
@@ -194,7 +234,11 @@ def _shifted(progress: Progress | None, start: int, count: int, total: int) -> P
     if progress is None:
         return None
 
+    reached = 0.0
+
     def report(done: float, of: float, message: str) -> None:
-        progress(start + count * done / of, total, message)
+        nonlocal reached
+        reached = max(reached, done / of)  # What is measured again starts from nothing.
+        progress(start + count * reached, total, message)
 
     return report

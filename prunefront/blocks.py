@@ -29,9 +29,16 @@ Weigh = Callable[[AttentionState], Tensor]
 class Blocks(ABC):
     """A family of pre-norm transformer blocks. Branches come out with layer scale and stochastic depth applied."""
 
-    @abstractmethod
     def whole(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
-        """The block as its library runs it: tokens (B, N, C) to (B, N, C)."""
+        """The block as its library runs it: tokens (B, N, C) to (B, N, C). In halves where the batch is packed."""
+        if tokens.packing is None:
+            return self._as_library(block, tokens, bias)
+        x = tokens.x + self.attention(block, tokens, bias)[0]
+        return x + self.mlp(block, x)
+
+    @abstractmethod
+    def _as_library(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
+        """`whole` for a batch that is not packed."""
 
     @abstractmethod
     def attention(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
@@ -55,13 +62,13 @@ class Blocks(ABC):
 class ViTBlocks(Blocks):
     """timm's plain ``Block``."""
 
-    def whole(self, block: Any, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def _as_library(self, block: Any, tokens: Tokens, bias: Tensor | None) -> Tensor:
         assert isinstance(block, Block)
         out: Tensor = block(tokens.x) if bias is None else block(tokens.x, attn_mask=bias)
         return out
 
     def attention(self, block: Any, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
-        attended, state = attend(block.attn, block.norm1(tokens.x), bias)
+        attended, state = attend(block.attn, block.norm1(tokens.x), bias, tokens.packing)
         return block.drop_path1(block.ls1(attended)), state
 
     def weighed_attention(self, block: Any, tokens: Tokens, weigh: Weigh) -> Tensor:
@@ -79,7 +86,7 @@ class ViTBlocks(Blocks):
 class EvaBlocks(Blocks):
     """timm's ``EvaBlock`` (EVA-02, DINOv3, RoPE-ViT); rotations are looked up by the tokens' places."""
 
-    def whole(self, block: Any, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def _as_library(self, block: Any, tokens: Tokens, bias: Tensor | None) -> Tensor:
         assert isinstance(block, EvaBlock)
         out: Tensor = block(tokens.x, rope=_rotations(tokens), attn_mask=bias)
         return out
@@ -87,7 +94,7 @@ class EvaBlocks(Blocks):
     def attention(self, block: Any, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
         normed = block.norm1(tokens.x)
         projected = project_rotated_qkv(block.attn, normed, _rotations(tokens))
-        attended, state = attend_with(block.attn, projected, normed, bias)
+        attended, state = attend_with(block.attn, projected, normed, bias, tokens.packing)
         return block.drop_path1(_scaled(block.gamma_1, attended)), state
 
     def weighed_attention(self, block: Any, tokens: Tokens, weigh: Weigh) -> Tensor:
@@ -106,7 +113,8 @@ def _rotations(tokens: Tokens) -> Tensor | None:
     if tokens.rotary is None:
         return None
     assert tokens.places is not None
-    return tokens.rotary.at(tokens.places, tokens.num_prefix)
+    # The prefixes of a packed batch stand between its patches; as tokens without a place they are not rotated.
+    return tokens.rotary.at(tokens.places, tokens.num_prefix if tokens.packing is None else 0)
 
 
 def _scaled(gamma: Tensor | None, branch: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ the built-in exception a caller would expect.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -98,3 +99,30 @@ class FileWriteError(PrunefrontError, OSError):
     def __str__(self) -> str:
         # Python would put the error number in front of the sentence.
         return self.strerror or super().__str__()
+
+
+# How allocators say it in errors that share no class: torch's for CPUs (Linux, then Windows), CUDA, cuBLAS, ONNX
+# Runtime, C++.
+_NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "Failed to allocate memory",
+    "bad_alloc", "bad allocation",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory did not suffice, on a CPU or a GPU.
+
+    So does one that such an error led to, as a compiler's or a CUDA graph's that wraps it. torch is told by the names
+    of its errors: this module must not import it.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or type(seen).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(seen, OSError) and seen.errno == errno.ENOMEM:
+            return True
+        # Our own sentences speak of memory where nothing was allocated.
+        if not isinstance(seen, PrunefrontError) and any(text in str(seen) for text in _NO_MEMORY):
+            return True
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return False

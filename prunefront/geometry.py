@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from prunefront.config import ModelSpec
-from prunefront.errors import ModelError, UnknownNameError
+from prunefront.errors import ModelError, UnknownNameError, is_out_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +267,7 @@ def build_timm_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
         model: nn.Module = timm.create_model(spec.name, pretrained=pretrained, **kwargs)
     except (OSError, RuntimeError) as error:
         # What goes wrong with weights, and a lack of memory, is not the arguments' fault; a negative size is.
-        if pretrained or isinstance(error, torch.OutOfMemoryError):
+        if pretrained or is_out_of_memory(error):
             raise
         raise _cannot_build(spec.name, kwargs, error) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -75,8 +75,9 @@ def cast_modules(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch
     return [module.to(device=device, dtype=dtype) for module in copy.deepcopy(list(modules))]
 
 
-# Parameters of mallopt(3) and the variables by which users set them.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# Parameters of mallopt(3), the largest threshold that it takes, and the variables by which users set them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_FROM_HEAP = 32 * 2**20
 _MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
@@ -84,16 +85,17 @@ _MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_
 def keep_freed_memory() -> None:
     """Let the C library keep what activations leave free, rather than return it to the system after each layer.
 
-    glibc maps every large buffer anew, and the kernel fills it page by page: 70 000 page faults, a tenth of the time,
-    in a forward pass of DeiT-S on 16 images. Whether it does depends on what the process freed before, so two models
-    in one process may differ by as much. The memory is used again by the next layer; ``malloc_trim`` gives it back.
-    Other C libraries, and settings by environment variables, stay as they are.
+    glibc takes large buffers from the system and returns them, and the kernel fills them page by page: 70 000 page
+    faults, a tenth of the time, in a forward pass of DeiT-S on 16 images. Whether it does depends on what the process
+    freed before, so two models in one process may differ by as much. The memory is used again by the next layer;
+    ``malloc_trim`` gives it back. Buffers above 32 MiB, other C libraries, and settings by environment variables stay
+    as they are.
     """
     if any(name in os.environ for name in (*_MALLOC_VARIABLES, "GLIBC_TUNABLES")):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

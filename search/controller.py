@@ -129,6 +129,7 @@ def _run_table(run: JobRun, job: TableJob) -> dict[str, Any]:
         Place.of_job(run.job.spec),
         detail=job.detail,
         validate_schedules=job.validate_schedules,
+        max_foreign_cores=job.max_foreign_cores,
     )
     error = table.validation.mape if table.validation is not None else None
     return {"table_id": table_record.id, "mape": error}

@@ -115,6 +115,11 @@ class TableJob(_Placed):
     validate_schedules: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=20, description="Held-out schedules measured to state the table's error; 0 skips it."
     )
+    max_foreign_cores: Annotated[float, Field(ge=0, le=1024)] | None = Field(
+        default=None,
+        description="Cores that other processes may take from measuring, 0.25 unless given: beside more the job waits "
+        "for a minute, then fails.",
+    )
 
 
 class MeasureJob(_Placed):

@@ -6,6 +6,7 @@ where it was. Nothing about a trial is kept only in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from latency_tables.errors import LatencyTableError
 from latency_tables.predict import predict, predict_latency_ms
 from latency_tables.schema import LatencyTable
 from prunefront.config import ModelSpec, PruneConfig
+from prunefront.errors import ConfigError
 from prunefront.geometry import ModelGeometry, build_timm_model, geometry_for
 from prunefront.macs import macs
 from prunefront.schedule import plan_schedule
@@ -40,10 +42,10 @@ from search.promotion import (
 from search.proposals import Proposer, Told
 from search.seeds import seeds_for, transfer
 from search.space import ScheduleSpace, Variances
-from search.tables import Place, build_table, find_table, predicted_ms
+from search.tables import Place, build_table, find_table, latency_or_inf_ms, predicted_ms
 from store import CandidateRecord
 
-MAX_EMPTY_PROPOSALS = 200  # proposals in a row that are all known: the space is exhausted
+MAX_EMPTY_PROPOSALS = 200  # proposals in a row that are all known or do not fit: the space is exhausted
 MEASURED_FIRST = "screened"  # stages of measurements
 MEASURED_AGAIN = "confirmed"
 MEASURED_FINETUNED = "finetuned"
@@ -140,16 +142,24 @@ class SearchRun:
 
     def _space(self, table: LatencyTable, variances: Variances | None) -> ScheduleSpace:
         try:
+            predict_latency_ms(table, PruneConfig(model=self.spec, method="hybrid"))
             space = ScheduleSpace(
                 self.spec,
                 self.geometry,
                 self.job.space,
-                latency_ms=lambda schedule: predict_latency_ms(table, schedule),
+                latency_ms=lambda schedule: latency_or_inf_ms(table, schedule),
                 max_latency_ms=self.job.constraints.max_latency_ms,
                 variances=variances,
             )
-        except LatencyTableError as error:
+        except (LatencyTableError, ConfigError) as error:
             raise JobFailure(f"The latency table does not cover this search space: {error}") from error
+        left_out = [method for method in self.job.space.methods if method not in space.methods]
+        if left_out:
+            message = (
+                f"{', '.join(left_out)} ran out of memory at batch size {self.place.batch_size} while the latency "
+                "table was measured, and will not be proposed."
+            )
+            self.store.add_event(self.run.id, "methods_left_out", {"methods": left_out, "message": message})
         self._require_room(table, space)
         return space
 
@@ -236,14 +246,15 @@ class SearchRun:
                 trial, params = proposer.ask(proposal)
                 config = space.config(params)
                 config_hash = config.content_hash()
-                if config_hash in hashes:
+                latency_ms = space.latency_ms(plan_schedule(config, self.geometry))
+                if config_hash in hashes or latency_ms == math.inf:
                     proposer.drop(trial)
                     empty += 1
                 else:
                     empty = 0
                     hashes.add(config_hash)
                     candidate = self._propose(
-                        config, config_hash, proposal, number, params, space, proposer.generation(trial)
+                        config, config_hash, proposal, number, params, latency_ms, proposer.generation(trial)
                     )
                     trials[candidate.number] = trial
                     batch.append(candidate)
@@ -267,7 +278,7 @@ class SearchRun:
         proposal: int,
         batch: int,
         params: dict[str, Any],
-        space: ScheduleSpace,
+        latency_ms: float,
         generation: int,
     ) -> CandidateRecord:
         return self.store.add_candidate(
@@ -278,7 +289,7 @@ class SearchRun:
             label=f"{config.method} #{proposal}",
             origin="sampler",
             params={"proposal": proposal, "batch": batch, "optuna": params, "generation": generation},
-            predicted_ms=space.latency_ms(plan_schedule(config, self.geometry)),
+            predicted_ms=latency_ms,
             macs=macs(config),
         )
 

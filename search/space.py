@@ -8,6 +8,7 @@ aimed on the latency axis, and the sampler learns where tokens may leave.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from prunefront.config import ModelSpec, PruneConfig, Site
+from prunefront.errors import ConfigError
 from prunefront.geometry import ModelGeometry
 from prunefront.registry import get_method
 from prunefront.schedule import TokenSchedule, plan_blocks, plan_schedule
@@ -69,13 +71,16 @@ class ScheduleSpace:
             spec: The model.
             geometry: Of the model.
             space: What the job allows.
-            latency_ms: Predicted latency of a schedule.
+            latency_ms: Predicted latency of a schedule, infinite where it does not fit into memory; methods that do
+                not even when reduced the most are left out.
             max_latency_ms: Aim below this; None aims anywhere below dense.
             variances: For ``ppt``; without them its threshold is what the paper used.
+
+        Raises:
+            ConfigError: If no method fits into memory.
         """
         self.spec = spec
         self.geometry = geometry
-        self.methods = space.methods
         self.min_keep_ratio = space.min_keep_ratio
         self.blocks = blocks_of(space, geometry)
         self.latency_ms = latency_ms
@@ -83,7 +88,15 @@ class ScheduleSpace:
         self.dense_ms = latency_ms(plan_schedule(PruneConfig(model=spec, method="hybrid"), geometry))
         highest = MAX_SHARE if max_latency_ms is None else min(MAX_SHARE, max_latency_ms / self.dense_ms)
         # The least share any method reaches with everything dropped that may be; below it aims are all the same.
-        self.min_share = min(latency_ms(self.most_reduced(method)) for method in self.methods) / self.dense_ms
+        least_ms = {method: latency_ms(self.most_reduced(method)) for method in space.methods}
+        self.methods = tuple(method for method in space.methods if least_ms[method] < math.inf)
+        if not self.methods:
+            raise ConfigError(
+                f"None of the methods {', '.join(space.methods)} fits into memory, even reduced the most. Choose a "
+                "smaller batch size."
+            )
+        space = space.model_copy(update={"methods": self.methods})
+        self.min_share = min(least_ms[method] for method in self.methods) / self.dense_ms
         self.max_share = max(highest, self.min_share)
         self.distributions = distributions_of(
             space, geometry, least_share=min(self.min_share, 1.0), greatest_share=max(self.max_share, self.min_share)

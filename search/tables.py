@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from latency_tables.device import describe_device
-from latency_tables.errors import LatencyTableError
+from latency_tables.errors import ExceedsMemoryError, LatencyTableError
 from latency_tables.predict import check_table_matches, predict_latency_ms
 from latency_tables.schema import LatencyTable, parse_table
 from prunefront.config import ModelSpec
 from prunefront.geometry import ModelGeometry, block_key
+from prunefront.schedule import TokenSchedule
 from search.job_run import JobRun
 from store import TableRecord
 
@@ -59,6 +61,7 @@ def build_table(
     *,
     detail: str = "full",
     validate_schedules: int = 0,
+    max_foreign_cores: float | None = None,
 ) -> tuple[TableRecord, LatencyTable]:
     """Measure a table in a task and store it; an interrupted build goes on where it was."""
     partial_path = run.folder / "table.partial.json"
@@ -72,6 +75,7 @@ def build_table(
             "detail": detail,
             "partial_path": str(partial_path),
             "validate_schedules": validate_schedules,
+            "max_foreign_cores": max_foreign_cores,
         },
         stage="table",
         exclusive=True,
@@ -99,3 +103,15 @@ def predicted_ms(table: LatencyTable, config: Any) -> float | None:
         return predict_latency_ms(table, config)
     except LatencyTableError:
         return None
+
+
+def latency_or_inf_ms(table: LatencyTable, schedule: TokenSchedule) -> float:
+    """Predicted latency, infinite where the schedule needs what ran out of memory.
+
+    Raises:
+        LatencyTableError: If the table does not cover the schedule otherwise.
+    """
+    try:
+        return predict_latency_ms(table, schedule)
+    except ExceedsMemoryError:
+        return math.inf

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from prunefront.errors import is_out_of_memory
 from workers.device_lock import CPU, RETRY_S, hold_device
 from workers.machine import resident_mib
 from workers.tasks import (
@@ -286,10 +287,7 @@ def describe_failure(error: Exception) -> TaskFailure:
 
 
 def _cause_of(error: Exception) -> FailureCause:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError
-        return FailureCause.OUT_OF_MEMORY
-    # torch reports a failed allocation on the CPU as a plain RuntimeError.
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         return FailureCause.OUT_OF_MEMORY
     # Our own errors about documents, checkpoints and data are all ValueErrors of prunefront's tree.
     roots = {base.__name__ for base in type(error).__mro__}

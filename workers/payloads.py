@@ -66,6 +66,9 @@ class TablePayload(_Payload):
     validate_schedules: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Held-out whole models measured afterwards; the table carries the report."
     )
+    max_foreign_cores: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="What other processes may take from measuring before the task waits, then fails."
+    )
     seed: Annotated[int, Field(ge=0)] = 0
 
 

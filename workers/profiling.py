@@ -9,10 +9,12 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from latency_tables.build import build_table, quick_settings
-from latency_tables.measure import Measurement, measure_models, weights_mib
+from latency_tables.build import build_table, quick_settings, settings_for
+from latency_tables.device import torch_device
+from latency_tables.foreign_cpu import Patience
+from latency_tables.measure import Measurement, PreparedModel, measure_models, prepared_model
 from latency_tables.validate import validate_table
-from prunefront.runtimes import DTYPES, SLOW_TO_PREPARE, Forward, prepare
+from prunefront.runtimes import DTYPES, SLOW_TO_PREPARE
 from prunefront.training.data import DataConfig, SplitName, data_config_of
 from workers.candidate_models import CandidateModels
 from workers.devices import prepare_device
@@ -36,18 +38,24 @@ def run_table(payload: JsonDict, context: TaskContext) -> JsonDict:
 
     Returns:
         ``{"table": LatencyTable document}``.
+
+    Raises:
+        DisturbedError: If other processes take CPU from it and do not end; the partial file keeps what is finished.
     """
     task = parse_payload(TablePayload, payload)
     prepare_device(context.device)
     share = VALIDATION_SHARE if task.validate_schedules else 1.0
+    patience = Patience.allowing(task.max_foreign_cores)
+    # Where each point takes seconds to prepare, tables take few anyway.
+    is_quick = task.detail == "quick" and task.runtime not in SLOW_TO_PREPARE
+    settings = quick_settings() if is_quick else settings_for(torch_device(context.device), task.runtime)
     table = build_table(
         task.model,
         device=context.device,
         runtime=task.runtime,
         dtype=task.dtype,
         batch_size=task.batch_size,
-        # Where each point takes seconds to prepare, tables take few anyway.
-        settings=quick_settings() if task.detail == "quick" and task.runtime not in SLOW_TO_PREPARE else None,
+        settings=replace(settings, patience=patience),
         partial_path=task.partial_path,
         progress=_part(context, 0.0, share),
         should_stop=context.should_stop,
@@ -57,6 +65,7 @@ def run_table(payload: JsonDict, context: TaskContext) -> JsonDict:
             table,
             num_schedules=task.validate_schedules,
             seed=task.seed,
+            patience=patience,
             progress=_part(context, share, 1.0),
             should_stop=context.should_stop,
         )
@@ -101,8 +110,7 @@ def _measure_group(
 ) -> dict[str, Measurement]:
     """Measure some entries in one interleaved run; keys are their indices and ``DENSE``."""
     input_size = data_config_of(models.dense).input_size
-    subjects: dict[str, nn.Module | Forward] = {DENSE: models.dense}
-    own_weights_mib: dict[str, float] = {}
+    subjects: dict[str, nn.Module | PreparedModel] = {DENSE: models.dense}
     for index, entry in enumerate(entries):
         model = models.build(entry)
         if data_config_of(model).input_size == input_size:
@@ -110,8 +118,7 @@ def _measure_group(
         else:
             # Every subject is called with the dense model's images, which this one cannot take.
             subjects[str(index)] = _with_own_images(model, task, context.device)
-            own_weights_mib[str(index)] = weights_mib(model)
-    measured = measure_models(
+    return measure_models(
         subjects,
         _batches(task, data_config_of(models.dense)),
         device=context.device,
@@ -122,19 +129,14 @@ def _measure_group(
         progress=progress,
         should_stop=context.should_stop,
     )
-    for key, mib in own_weights_mib.items():
-        peak_mib = measured[key].peak_memory_mib
-        if peak_mib is not None:  # a subject that is not a module is measured without its weights
-            measured[key] = replace(measured[key], peak_memory_mib=peak_mib + mib)
-    return measured
 
 
-def _with_own_images(model: nn.Module, task: MeasurePayload, device: str) -> Forward:
-    """Return a callable that runs a model on images of its own size, whatever it is called with."""
+def _with_own_images(model: nn.Module, task: MeasurePayload, device: str) -> PreparedModel:
+    """Return a model that runs on images of its own size, whatever it is called with."""
     batches = [batch.to(device=device, dtype=DTYPES[task.dtype]) for batch in _batches(task, data_config_of(model))]
-    forward = prepare(model, task.runtime, task.dtype, torch.device(device))
+    ready = prepared_model(model, task.runtime, task.dtype, torch.device(device))
     turns: Iterator[Tensor] = cycle(batches)
-    return lambda images: forward(next(turns))
+    return replace(ready, forward=lambda images: ready.forward(next(turns)))
 
 
 def _batches(task: MeasurePayload, data_config: DataConfig) -> list[Tensor]:

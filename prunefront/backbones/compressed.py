@@ -202,10 +202,10 @@ class CompressedTransformer(Compressed):
             else:
                 tokens = run(self.blocks_family, block, tokens, block_plan.steps, call)
             if recorder is not None:
-                recorder.class_tokens.append(tokens.x[:, 0])
+                recorder.class_tokens.append(tokens.first())
                 if tokens.size is not None:
                     recorder.sizes[block_plan.index] = tokens.size
-        return tokens.but(x=self._norm(tokens.x)), recorder
+        return tokens.but(x=self._norm(tokens.x)).padded(), recorder
 
 
 def aux_of(tokens: Tokens, heads: Heads, recorder: Recorder) -> Aux:

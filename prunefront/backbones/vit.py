@@ -117,11 +117,19 @@ class CompressedVisionTransformer(CompressedTransformer):
         mean = (weight.unsqueeze(1) @ x).squeeze(1)
         return mean if vit.global_pool == "avg" else 0.5 * (x.amax(dim=1) + mean)
 
+    def _without_packages(self, x: Tensor, num_packages: int) -> Tensor:
+        """The tokens of (B, N, C) that are pooled: packages only where no patch is left."""
+        last = x.shape[1] - num_packages
+        return x[:, :last] if last > cast(VisionTransformer, self).num_prefix_tokens else x
+
     def _heads(self, tokens: Tokens) -> Heads:
         vit = cast(VisionTransformer, self)
         x, size = tokens.x, tokens.size
         if tokens.num_packages and vit.global_pool != "token":
-            x = x[:, : -tokens.num_packages]
+            # Images that differ in length are pooled one by one, so that padding does not count.
+            images = [x] if tokens.present is None or not vit.global_pool else tokens.images()
+            pooled = torch.cat([vit.pool(self._without_packages(image, tokens.num_packages)) for image in images])
+            return Heads(logits=vit.head(vit.head_drop(vit.fc_norm(pooled))))
         if size is None or hasattr(vit, "head_dist"):
             return Heads(logits=vit.forward_head(x))
         return Heads(logits=vit.head(vit.head_drop(vit.fc_norm(self.pool_tokens(x, size)))))

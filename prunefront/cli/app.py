@@ -32,11 +32,10 @@ from prunefront.cli import (
 )
 from prunefront.cli import config as config_command
 from prunefront.cli.output import JobFailedError, note, print_error
-from prunefront.errors import PrunefrontError
+from prunefront.errors import PrunefrontError, is_out_of_memory
 
 DONE, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 DEBUG_VARIABLE = "PRUNEFRONT_DEBUG"
-_NO_MEMORY = "can't allocate memory"  # torch's CPU allocator, in a plain RuntimeError
 # Packages of the checkout that the wheel leaves out.
 APPLICATION = frozenset({"search", "service", "store", "workers"})
 
@@ -153,7 +152,7 @@ def describe(error: Exception) -> tuple[int, str]:
 
         if isinstance(error, ValidationError):
             return REFUSED, describe_validation_error(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+    if is_out_of_memory(error):
         return (
             FAILED,
             "There is not enough memory for this. Use a smaller --batch-size or --img-size, or another device.",

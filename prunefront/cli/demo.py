@@ -13,6 +13,7 @@ import typer
 from prunefront.cli.connection import connect
 from prunefront.cli.front import print_front
 from prunefront.cli.jobs import wait_for
+from prunefront.cli.options import MaxForeignCores
 from prunefront.cli.output import note, write_result
 
 MODEL = "digit_vit_patch6_48"
@@ -44,6 +45,7 @@ def demo(
     serve: Annotated[
         bool, typer.Option("--serve/--no-serve", help="Show the front on a page afterwards, until Ctrl-C.")
     ] = True,
+    max_foreign_cores: MaxForeignCores = None,
     out: Annotated[Path, typer.Option(help="Folder for front.json, best.json, table.json and front.png.")] = Path(
         "prunefront-demo"
     ),
@@ -71,6 +73,7 @@ def demo(
                 "model": model,
                 "detail": plan["detail"],
                 "validate_schedules": 0,
+                "max_foreign_cores": max_foreign_cores,
                 **PLACE,
             }
         )

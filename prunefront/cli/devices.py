@@ -11,12 +11,9 @@ def devices(as_json: AsJson = False) -> None:
 
     Example: prunefront devices --json
     """
-    import torch
+    from latency_tables.device import local_devices
 
-    from latency_tables.device import describe_device
-
-    names = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    found = {name: describe_device(name) for name in names}
+    found = local_devices()
     if as_json:
         print_json(
             [

@@ -21,6 +21,17 @@ Device = Annotated[str, typer.Option(help='Device: "cpu", "cuda" or "cuda:1".')]
 RuntimeOption = Annotated[Runtime, typer.Option("--runtime", help="How the model is executed.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format of the forward pass.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+MaxForeignCores = Annotated[
+    float | None,
+    typer.Option(
+        "--max-foreign-cores",
+        min=0,
+        max=1024,
+        metavar="CORES",
+        help="Cores that other processes may take from measuring a table (0.25 when left out). Beside more it waits "
+        "for a minute, then gives up.",
+    ),
+]
 Url = Annotated[
     str | None,
     typer.Option("--url", envvar="PRUNEFRONT_URL", help="Address of a running service; without it, this machine."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from prunefront.cli.options import (
     Device,
     DtypeOption,
     ImgSize,
+    MaxForeignCores,
     ModelKwargs,
     NumClasses,
     RuntimeOption,
@@ -39,7 +40,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build and use latency tables.", no_args_is_help=True)
 
-TableFile = Annotated[Path, typer.Argument(help="Latency table (JSON).")]
+SHOWN_NOISY_ENTRIES = 5
+
+TableFile = Annotated[
+    Path, typer.Argument(help="Latency table (JSON), or shipped:NAME of one that `prunefront table list` shows.")
+]
 
 
 @app.command("build")
@@ -52,6 +57,7 @@ def build(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwarg: ModelKwargs = None,
+    max_foreign_cores: MaxForeignCores = None,
     out: Annotated[Path | None, typer.Option(help="File to write; named after model and device when left out.")] = None,
     push_url: Annotated[
         str | None,
@@ -62,13 +68,17 @@ def build(
     """Measure a model's blocks at many token counts and write the table.
 
     An interrupted build goes on where it was: what is finished stays in a file beside the table until that is written.
+    While other processes take CPU from it, it waits; when they go on, it ends and stores nothing they disturbed.
 
     Example: prunefront table build deit_small_patch16_224 --batch-size 8
 
     Example: prunefront table build deit_small_patch16_224 --device cuda --push http://192.168.0.10:8000
     """
-    from latency_tables.build import build_table
+    from latency_tables.build import build_table, settings_for
+    from latency_tables.device import torch_device
+    from latency_tables.foreign_cpu import Patience
     from latency_tables.schema import save_table
+    from latency_tables.shipped import refuse_shipped
     from prunefront.cli.connection import connect
     from prunefront.files import require_writable
 
@@ -77,7 +87,9 @@ def build(
             pass  # what is no address is refused before anything is measured
     target = out or Path(f"{model}-{device.replace(':', '')}-{runtime}-{dtype}-b{batch_size}.table.json")
     partial = target.with_name(f"{target.name}.partial")
+    refuse_shipped(target)
     require_writable(target)
+    patience = Patience.allowing(max_foreign_cores)
     with progress_bar(f"Table of {model}") as progress:
         table = build_table(
             model_spec(model, img_size, num_classes, model_kwarg),
@@ -87,15 +99,68 @@ def build(
             batch_size=batch_size,
             partial_path=partial,
             progress=progress,
+            settings=replace(settings_for(torch_device(device), runtime), patience=patience),
         )
     save_table(table, target)
     partial.unlink(missing_ok=True)
     note(f"Wrote {target}")
+    _tell_noisy_entries(table)
     stored = None if push_url is None else _push_built(table, target, push_url)
     if as_json:
         print_json(_head(table) | {"file": str(target), "stored": stored})
     else:
         _print_head(table)
+
+
+@app.command("list")
+def list_shipped(as_json: AsJson = False) -> None:
+    """List the tables that come with prunefront, and which device of this machine each was measured for.
+
+    Use one wherever a table's file is expected, by its name. Searches use it once it is stored with `table push`.
+
+    Example: prunefront table list
+    """
+    from latency_tables.device import local_devices
+    from latency_tables.schema import load_table
+    from latency_tables.shipped import shipped_tables
+
+    here = {info.fingerprint(): name for name, info in local_devices().items()}
+    rows: list[dict[str, Any]] = []
+    for name in shipped_tables():
+        table = load_table(name)
+        rows.append(
+            {
+                "name": name,
+                "device": table.device.name,
+                "threads": table.device.threads,
+                "device_fingerprint": table.device.fingerprint(),
+                "runtime": table.runtime,
+                "dtype": table.dtype,
+                "batch_size": table.batch_size,
+                "model": table.model.name,
+                "block_key": table.block_key,
+                "mape": None if table.validation is None else table.validation.mape,
+                "fits_device": here.get(table.device.fingerprint()),
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        note("No tables come with this version; `prunefront table build` makes one.")
+        return
+    print_table(
+        ["table", "measured on", "error", "fits here"],
+        [
+            (
+                row["name"],
+                row["device"],
+                None if row["mape"] is None else f"{row['mape']:.1%}",
+                row["fits_device"] or "no",
+            )
+            for row in rows
+        ],
+    )
 
 
 @app.command("show")
@@ -118,10 +183,9 @@ def show(file: TableFile, as_json: AsJson = False) -> None:
                 entry.entry,
                 entry.tokens_in,
                 entry.tokens_out,
-                f"{entry.median_ms:.4f}",
-                f"{entry.iqr_ms:.4f}",
+                *((None, None) if entry.median_ms is None else (f"{entry.median_ms:.4f}", f"{entry.iqr_ms:.4f}")),
                 entry.samples,
-                entry.state,
+                entry.state.replace("_", " "),
             )
             for entry in sorted(table.entries, key=lambda entry: entry.key)
         ],
@@ -242,21 +306,27 @@ def validate(
     schedules: Annotated[int, typer.Option(min=1, help="Held-out schedules to measure.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Which schedules are drawn.")] = 0,
     write: Annotated[bool, typer.Option("--write", help="Store the report in the table's file.")] = False,
+    max_foreign_cores: MaxForeignCores = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure whole models that the table has not seen and compare them with its predictions.
 
     Example: prunefront table validate digit.table.json --schedules 50
     """
+    from latency_tables.foreign_cpu import Patience
     from latency_tables.schema import load_table, save_table
+    from latency_tables.shipped import refuse_shipped
     from latency_tables.validate import validate_table
     from prunefront.files import require_writable
 
     table = load_table(file)
     if write:
+        refuse_shipped(file)
         require_writable(file)
     with progress_bar("Validating") as progress:
-        report = validate_table(table, num_schedules=schedules, seed=seed, progress=progress)
+        report = validate_table(
+            table, num_schedules=schedules, seed=seed, progress=progress, patience=Patience.allowing(max_foreign_cores)
+        )
     if write:
         save_table(table.evolve(validation=report), file)
         note(f"Wrote {file}")
@@ -309,6 +379,8 @@ def push(file: TableFile, url: Url = None, as_json: AsJson = False) -> None:
     """Store a table, so that searches use it: on this machine, or in the service at --url.
 
     Example: prunefront table push digit.table.json --url http://127.0.0.1:8000
+
+    Example: prunefront table push shipped:intel-xeon-2.50ghz-2-threads/deit_small_patch16_224-eager-fp32-b8
     """
     stored = _push(_load(file), url)
     if as_json:
@@ -326,8 +398,9 @@ def plot(
     """
     from latency_tables.plot import plot_table
     from latency_tables.schema import load_table
+    from latency_tables.shipped import is_shipped
 
-    target = out or file.with_suffix(".png")
+    target = out or (Path(f"{file.name}.png") if is_shipped(file) else file.with_suffix(".png"))
     plot_table(load_table(file), target)
     note(f"Wrote {target}")
 
@@ -364,6 +437,7 @@ def _head(table: LatencyTable) -> dict[str, Any]:
         "device_fingerprint": table.device.fingerprint(),
         "num_entries": len(table.entries),
         "num_noisy_entries": len(table.noisy_entries),
+        "num_unfit_entries": len(table.unfit_entries),
     }
 
 
@@ -372,6 +446,9 @@ def _measured_for(table: LatencyTable) -> str:
 
 
 def _print_head(table: LatencyTable) -> None:
+    entries = f"{len(table.entries)}, {len(table.noisy_entries)} of them noisy"
+    if table.unfit_entries:
+        entries += f", {len(table.unfit_entries)} out of memory: schedules that need those are refused"
     built = None if table.build_s is None else f"in {table.build_s:.0f} s on {table.created_at:%Y-%m-%d %H:%M} UTC"
     fields: list[tuple[str, object]] = [
         ("table", table.name),
@@ -379,14 +456,25 @@ def _print_head(table: LatencyTable) -> None:
         ("threads", table.device.threads),
         ("blocks of", table.model.name),
         (table.source, built),
-        ("entries", f"{len(table.entries)}, {len(table.noisy_entries)} of them noisy"),
+        ("entries", entries),
         ("dense", None if table.dense_ms is None else f"{table.dense_ms:.3f} ms"),
     ]
+    if table.canary_drift is not None:
+        advice = "" if table.is_steady else "; build again on a steadier one"
+        fields.append(("speed of the machine", f"moved by {table.canary_drift:.0%} during the build{advice}"))
     print_fields(fields)
     if table.validation is not None:
         print_fields(_report_fields(table.validation))
     else:
         note("Not validated yet: prunefront table validate measures the error of its predictions.")
+
+
+def _tell_noisy_entries(table: LatencyTable) -> None:
+    noisy = table.noisy_entries
+    for entry in noisy[:SHOWN_NOISY_ENTRIES]:
+        note(f"Warning: {entry.entry} {entry.tokens_in} -> {entry.tokens_out} is noisy: {entry.reason}")
+    if len(noisy) > SHOWN_NOISY_ENTRIES:
+        note(f"Warning: {len(noisy) - SHOWN_NOISY_ENTRIES} more of {len(table.entries)} entries are noisy")
 
 
 def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:

@@ -105,8 +105,8 @@ def train(
     table: Annotated[
         Path | None,
         typer.Option(
-            help="Latency table (JSON): the recipe diffrate aims at a share of its latency instead of MACs; dynamicvit "
-            "and spvit get keep ratios that meet a limit."
+            help="Latency table (JSON, or shipped:NAME): the recipe diffrate aims at a share of its latency instead of "
+            "MACs; dynamicvit and spvit get keep ratios that meet a limit."
         ),
     ] = None,
     max_latency_ms: Annotated[

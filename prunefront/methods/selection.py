@@ -54,7 +54,7 @@ class SelectingMethod(Method):
         masking = call.masking
         if masking is None:
             for step in steps:
-                tokens = self.select(tokens, step, call)
+                tokens = self.select(tokens.padded(), step, call).packed()
             bias = self.attention_bias(tokens, call)
             return tokens.but(x=blocks.whole(block, tokens, bias))
         if tokens.decision is None:

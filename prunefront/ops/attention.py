@@ -13,6 +13,8 @@ from timm.models.eva import EvaAttention
 from torch import Tensor
 from torch.nn import functional as F
 
+from prunefront.ops.packing import Packing, packed_attention
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionState:
@@ -54,7 +56,7 @@ def project_rotated_qkv(attn: EvaAttention | AttentionRope, x: Tensor, rotations
     Args:
         attn: With fused or separate projections, with fewer keys than queries (grouped) or as many.
         x: Normalised tokens, (B, N, C).
-        rotations: Sines, then cosines of the tokens behind the prefix, broadcast to (B, H, N - prefix, 2D); or None.
+        rotations: Sines, then cosines of the last tokens, broadcast to (B, H, N - prefix, 2D); or None.
     """
     batch, tokens, _ = x.shape
     projections: tuple[Tensor, ...]
@@ -70,7 +72,7 @@ def project_rotated_qkv(attn: EvaAttention | AttentionRope, x: Tensor, rotations
     q, k = attn.q_norm(q), attn.k_norm(k)
     content = None
     if rotations is not None:
-        prefix, half, content = attn.num_prefix_tokens, getattr(attn, "rotate_half", False), k
+        prefix, half, content = tokens - rotations.shape[-2], getattr(attn, "rotate_half", False), k
         q, k = (
             torch.cat((t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rotations, half=half)), dim=2).type_as(v)
             for t in (q, k)
@@ -97,24 +99,29 @@ def join_heads(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
     return projected
 
 
-def attend(attn: Attention, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionState]:
+def attend(
+    attn: Attention, x: Tensor, bias: Tensor | None, packing: Packing | None = None
+) -> tuple[Tensor, AttentionState]:
     """timm's multi-head attention through SDPA, handing out q, k and v.
 
     Args:
         attn: A plain timm attention; q/k norm, output norm and gate are applied.
         x: Normalised tokens, (B, N, C).
         bias: Added to the logits, or a boolean mask of visible keys; broadcast to (B, H, N, N); or None.
+        packing: Of a packed batch, whose images see their own tokens alone; without bias and in eval mode.
 
     Returns:
         The projected output (B, N, C) and the state to score tokens with.
     """
-    return attend_with(attn, project_qkv(attn, x), x, bias)
+    return attend_with(attn, project_qkv(attn, x), x, bias, packing)
 
 
 def attend_with(
-    attn: Attention, state: AttentionState, x: Tensor, bias: Tensor | None
+    attn: Attention, state: AttentionState, x: Tensor, bias: Tensor | None, packing: Packing | None = None
 ) -> tuple[Tensor, AttentionState]:
     """`attend` for queries, keys and values that are there already."""
+    if packing is not None:
+        return join_heads(attn, packed_attention(state.q, state.k, state.v, packing), x), state
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(state.q, state.k, state.v, attn_mask=bias, dropout_p=dropout)
     return join_heads(attn, out, x), replace(state, bias=bias)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prunefront.ops.packing import Packing
 from prunefront.ops.select import take_tokens
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ NO_PLACE = -1  # of prefix tokens, and of tokens made of several
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """The residual stream between two blocks.
+
+    Batches whose images differ in length are padded, or `packed` while nothing but blocks works on them.
 
     Attributes:
         x: Tokens, (B, N, C), prefix first.
@@ -35,6 +38,8 @@ class Tokens:
             patch tokens that are kept, 0 for dropped ones, (B, patches), with the gradient of the decisions so far.
         num_packages: Tokens at the end that a method appended and never ranks (SPViT).
         rotary: Rotations by place, where the backbone has rotary position embeddings.
+        packing: Set while packed: images stand end to end, with a prefix each, and ``x``, ``size`` and ``places`` are
+            those of a batch of one.
     """
 
     x: Tensor
@@ -46,6 +51,7 @@ class Tokens:
     decision: Tensor | None = None
     num_packages: int = 0
     rotary: Rotary | None = None
+    packing: Packing | None = None
 
     def but(self, **changes: Any) -> Tokens:
         """A copy with some fields replaced."""
@@ -75,6 +81,41 @@ class Tokens:
             else torch.cat((self.places, self.places.new_full(new, NO_PLACE)), dim=1),
             present=None if self.present is None else torch.cat((self.present, self.present.new_ones(new)), dim=1),
         )
+
+    def packed(self) -> Tokens:
+        """The same without padding, for blocks to work on; these tokens themselves where there is none."""
+        if self.present is None:
+            return self
+        packing = Packing.of(self.present)
+        return self.but(
+            x=packing.pack(self.x),
+            size=None if self.size is None else packing.pack(self.size),
+            places=None if self.places is None else packing.pack(self.places),
+            present=None,
+            packing=packing,
+        )
+
+    def padded(self) -> Tokens:
+        """The same with a row per image, for methods and heads to work on. Padding is zero, without a place."""
+        packing = self.packing
+        if packing is None:
+            return self
+        return self.but(
+            x=packing.pad(self.x),
+            size=None if self.size is None else packing.pad(self.size, 1),
+            places=None if self.places is None else packing.pad(self.places, NO_PLACE),
+            present=packing.present,
+            packing=None,
+        )
+
+    def images(self) -> list[Tensor]:
+        """The real tokens of each image of a padded batch, (1, n, C)."""
+        assert self.present is not None
+        return [x[present].unsqueeze(0) for x, present in zip(self.x, self.present, strict=True)]
+
+    def first(self) -> Tensor:
+        """The first token of each image, (B, C)."""
+        return self.x[:, 0] if self.packing is None else self.x[0, self.packing.offsets[:-1]]
 
     def sizes(self) -> Tensor:
         """Sizes written out, (B, N) in float32."""

@@ -237,6 +237,9 @@ def test_table_page_shows_curves_and_validation(watched: Watched, server: Server
     expect(page.locator("#curve canvas").first).to_be_visible()
     expect(page.locator("#validation")).to_contain_text("Mean error")
     expect(page.locator("#noisy")).to_contain_text("noisy")
+    expect(page.locator("#noisy")).to_contain_text("1 ran out of memory")
+    page.locator("#entries").select_option("blocks that reduce")  # one of them has no latency to draw
+    expect(page.locator("#curve canvas").first).to_be_visible()
     with page.expect_download() as download:
         page.get_by_role("link", name="Download table").click()
     assert json.loads(Path(download.value.path()).read_text())["format"] == "prunefront/latency-table/1"

@@ -11,14 +11,20 @@ import pytest
 import torch
 
 import prunefront
+from latency_tables.device import describe_device
+from latency_tables.foreign_cpu import Patience
+from latency_tables.schema import LatencyTable, load_table, save_table
+from latency_tables.shipped import file_to_ship
 from prunefront.cli.app import run
 from prunefront.config import load_config
 from prunefront.errors import FileWriteError
+from tests.unit.latency_tables.fakes import DEVICE, simple_table
 
 TINY = [
     "--img-size", "32", "--num-classes", "10", "--model-kwarg", "patch_size=8", "--model-kwarg", "embed_dim=48",
     "--model-kwarg", "depth=3", "--model-kwarg", "num_heads=3",
 ]  # fmt: skip
+BESIDE_ALL = ["--max-foreign-cores", "1000"]  # other tests may run on this machine
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +275,28 @@ def test_a_device_without_a_name_is_refused(tmp_path: Path, capfd: pytest.Captur
     assert "give it a name" in capfd.readouterr().err
 
 
+def test_entries_that_ran_out_of_memory_are_shown_and_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    csv, table, config = (str(tmp_path / name) for name in ("tiny.csv", "tiny.json", "tome.json"))
+    lines = ["entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples"]
+    lines += [f"{half},{at},{at},2,{at}.5,0.25,30" for half in ("attention", "mlp") for at in (2, 65)]
+    lines += ["block.tome.merge,65,40,2,out_of_memory,,"]
+    Path(csv).write_text("\n".join(lines))
+    line = ["table", "import", csv, "--model", "digit_vit_patch6_48", "--device-name", "phone", "--out", table]
+    assert result(capfd, *line, "--runtime", "onnxruntime")["num_unfit_entries"] == 1
+    assert run(["table", "show", table]) == 0
+    shown = capfd.readouterr().out
+    assert "1 out of memory: schedules that need those are refused" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("block.tome.merge"))
+    assert row.split() == ["block.tome.merge", "65", "40", "–", "–", "0", "out", "of", "memory"]
+    new = ["config", "new", "--model", "digit_vit_patch6_48", "--method", "tome", "--r", "4", "--out", config]
+    assert run(new) == 0
+    capfd.readouterr()
+    assert run(["table", "predict", table, config]) == 2
+    assert "Block 0 needs 'block.tome.merge' on 65 -> 61 tokens, which ran out of memory" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_table_is_built_shown_used_and_drawn(
     tmp_path: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
@@ -276,19 +304,113 @@ def test_a_table_is_built_shown_used_and_drawn(
     table = tmp_path / "tiny.table.json"
 
     built = result(
-        capfd, "table", "build", "vit_tiny_patch16_224", *TINY, "--batch-size", "2", "--out", str(table)
+        capfd, "table", "build", "vit_tiny_patch16_224", *TINY, "--batch-size", "2", "--out", str(table), *BESIDE_ALL
     )  # fmt: skip
 
     assert built["num_entries"] == len(result(capfd, "table", "show", str(table))["entries"])
     (predicted,) = result(capfd, "table", "predict", str(table), str(tiny_config))
     assert 0 < predicted["predicted_ms"] < 10 * predicted["dense_predicted_ms"]
     assert predicted["predicted_memory_mib"] > 0.3  # 95 thousand parameters of four bytes
-    assert result(capfd, "table", "validate", str(table), "--schedules", "2", "--write")["num_schedules"] == 2
+    report = result(capfd, "table", "validate", str(table), "--schedules", "2", "--write", *BESIDE_ALL)
+    assert report["num_schedules"] == 2
     assert run(["table", "plot", str(table), "--out", str(tmp_path / "table.png")]) == 0
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert run(["table", "show", str(table)]) == 0
     assert "mean absolute error" in capfd.readouterr().out
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_built_table_says_which_entries_are_noisy_and_that_the_machine_changed_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = simple_table(canary_drift=0.4)
+    reason = "after 3 attempts the interquartile range is 40% of the median"
+    noisy = [entry.model_copy(update={"state": "noisy", "reason": reason}) for entry in table.entries[:7]]
+    table = table.evolve(entries=(*noisy, *table.entries[7:]))
+    asked: list[Any] = []
+
+    def build(*_: Any, settings: Any, **__: Any) -> LatencyTable:
+        asked.append(settings.patience)
+        return table
+
+    monkeypatch.setattr("latency_tables.build.build_table", build)
+    out = tmp_path / "noisy.table.json"
+    line = ["table", "build", "vit_tiny_patch16_224", "--out", str(out)]
+    capfd.readouterr()
+    assert run([*line, "--max-foreign-cores", "1.5"]) == 0
+    shown = capfd.readouterr()
+    assert f"Warning: attention 2 -> 2 is noisy: {reason}" in shown.err
+    assert "Warning: 2 more of 20 entries are noisy" in shown.err
+    assert "20, 7 of them noisy" in shown.out
+    assert "moved by 40% during the build; build again on a steadier one" in shown.out
+    assert load_table(out).canary_drift == 0.4
+    assert run(line) == 0
+    assert asked == [Patience(max_foreign_cores=1.5), Patience()]
+
+
+@pytest.mark.parametrize("cores", ["-1", "inf", "nan"])
+def test_what_no_others_can_take_is_refused(cores: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    line = ["table", "build", "vit_tiny_patch16_224", "--max-foreign-cores", cores]
+    assert run([*line, "--out", str(tmp_path / "t.json")]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Tables of the tiny model that "come with prunefront", for this machine and for another, by device; the working
+    folder is an empty one."""
+    monkeypatch.setattr("latency_tables.shipped.DATA", tmp_path / "shipped")
+    names = {}
+    for device in (describe_device("cpu"), DEVICE):
+        file = file_to_ship(simple_table(device=device))
+        save_table(simple_table(device=device), file)
+        names[device.name] = f"shipped:{file.parent.name}/{file.stem}"
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return names
+
+
+def test_shipped_tables_are_listed_with_the_device_that_they_fit(
+    shipped: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = {row["name"]: row for row in result(capfd, "table", "list")}
+    assert {row["device"]: name for name, row in rows.items()} == shipped
+    assert rows[shipped[DEVICE.name]]["fits_device"] is None
+    own = rows[shipped[describe_device("cpu").name]]
+    assert (own["fits_device"], own["runtime"], own["dtype"], own["batch_size"]) == ("cpu", "eager", "fp32", 8)
+    assert run(["table", "list"]) == 0
+    assert DEVICE.name in capfd.readouterr().out
+
+
+def test_no_shipped_tables_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latency_tables.shipped.DATA", tmp_path)
+    assert result(capfd, "table", "list") == []
+    assert run(["table", "list"]) == 0
+    assert "`prunefront table build` makes one" in capfd.readouterr().err
+
+
+def test_a_shipped_table_stands_for_a_file_by_its_name(
+    shipped: dict[str, str], tiny_config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = shipped[DEVICE.name]
+    assert result(capfd, "table", "show", name)["device"]["name"] == DEVICE.name
+    (row,) = result(capfd, "table", "predict", name, str(tiny_config))
+    # Stem 5 ms, head 1 ms; attention of 17, 17 and 10 tokens at 2 ms, MLP of 17, 10 and 10 at 3 ms; 4 ms for fusing.
+    assert row["predicted_ms"] == pytest.approx(5 + 1 + 2 * 44 + 3 * 37 + 4)
+    assert result(capfd, "table", "push", name)["block_key"] == simple_table().block_key
+    assert run(["table", "plot", name]) == 0
+    assert [path.name for path in Path.cwd().iterdir()] == ["vit_tiny_patch16_224-eager-fp32-b8.png"]
+
+
+def test_a_validation_is_not_written_into_a_shipped_table(
+    shipped: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latency_tables.validate.validate_table", lambda *args, **options: pytest.fail("worked"))
+    assert run(["table", "validate", shipped[DEVICE.name], "--write"]) == 2
+    assert "comes with prunefront, which is not written to; give a file" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ class FakeEngine(Engine):
     lose_after_items: dict[str, list[int]] = field(default_factory=dict)  # kind -> items before each loss
     failures: dict[str, TaskFailure] = field(default_factory=dict)  # kind -> how its tasks fail
     device_names: tuple[str, ...] = ("cpu",)
+    unfit_entries: tuple[str, ...] = ()  # names of a table's entries that ran out of memory
     on_item: Callable[[Item], None] = lambda item: None
     submitted: list[TaskSpec] = field(default_factory=list)
     evaluated: list[tuple[str, str]] = field(default_factory=list)  # (split, key) of every item handed out
@@ -144,7 +145,12 @@ class FakeEngine(Engine):
     def _table(self, payload: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         spec = ModelSpec.model_validate(payload["model"])
         fields = {name: payload[name] for name in ("runtime", "dtype", "batch_size")}
-        return [], {"table": synthetic_table(spec, **fields).model_dump(mode="json")}
+        table = synthetic_table(spec, **fields)
+        entries = [
+            LatencyEntry.unfit(entry.key, "ran out of memory") if entry.entry in self.unfit_entries else entry
+            for entry in table.entries
+        ]
+        return [], {"table": table.evolve(entries=entries).model_dump(mode="json")}
 
     def _calibrate(self, payload: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         rows = {str(block): [1e-4 * (1 + block) * (1 + image) for image in range(8)] for block in range(3)}

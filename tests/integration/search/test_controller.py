@@ -153,11 +153,13 @@ def test_a_table_job_stores_a_table(store, settings):
 def test_a_table_job_tells_its_task_how_much_to_measure(store, settings, asked, detail, schedules):
     engine = FakeEngine()
     place = {"runtime": "compile", "dtype": "bf16", "batch_size": 3}
-    job = run_to_end(store, engine, settings, {"kind": "table", "model": TINY, **place, **asked})
+    body = {"kind": "table", "model": TINY, **place, **asked, "max_foreign_cores": 1.5}
+    job = run_to_end(store, engine, settings, body)
     assert job.state is JobState.SUCCEEDED, job.failure
     (spec,) = engine.submitted
     payload = parse_payload(TablePayload, spec.payload)
     assert (payload.detail, payload.validate_schedules) == (detail, schedules)
+    assert payload.max_foreign_cores == 1.5
     assert (payload.runtime, payload.dtype, payload.batch_size) == ("compile", "bf16", 3)
     assert payload.model == ModelSpec.model_validate(TINY)
     assert payload.partial_path.is_relative_to(settings.artifacts_dir / job.id), "where the next controller looks"
@@ -213,6 +215,28 @@ def test_a_job_ends_or_pauses_on_request_with_its_task(store, settings, monkeypa
         job = store.get_job(job_id)
         assert job.state is JobState.SUCCEEDED, job.failure
         assert len(engine.evaluated) == len(set(engine.evaluated)) + _finetuned(store, job_id)
+
+
+def test_methods_that_ran_out_of_memory_are_left_out_and_the_rest_is_searched(store, settings):
+    engine = FakeEngine(unfit_entries=("block.tome.merge",))
+    job = run_to_end(store, engine, settings, search_body(space={"methods": ["evit", "tome", "hybrid"]}))
+    assert job.state is JobState.SUCCEEDED, job.failure
+    (left_out,) = [e.payload for e in store.events_after(job.id, 0, 500) if e.type == "methods_left_out"]
+    assert left_out["methods"] == ["tome"]
+    assert "ran out of memory at batch size" in left_out["message"]
+    proposed = [c for c in store.list_candidates(job.id) if c.origin == "sampler"]
+    assert proposed and all(c.predicted_ms is not None and c.predicted_ms > 0 for c in proposed)
+    assert "tome" not in {c.config["method"] for c in proposed}
+    # Hybrid merges as ToMe does; its other operations are proposed.
+    assert not any(site["op"] == "merge" for c in proposed for site in c.config["sites"])
+
+
+@pytest.mark.parametrize("entry", ["mlp", "block.tome.merge"])
+def test_a_search_in_which_nothing_fits_fails_with_one_sentence(store, settings, entry):
+    engine = FakeEngine(unfit_entries=(entry,))
+    job = run_to_end(store, engine, settings, search_body(space={"methods": ["tome"]}))
+    assert job.state is JobState.FAILED
+    assert "memory" in job.failure["message"] and "smaller batch size" in job.failure["message"]
 
 
 def test_a_task_lost_twice_is_run_again_without_what_it_had_finished(store, settings):

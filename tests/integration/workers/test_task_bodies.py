@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import prunefront
 from latency_tables.build import BuildSettings, build_table
+from latency_tables.errors import DisturbedError
 from latency_tables.measure import MeasureSettings, Subject
 from latency_tables.predict import predict_latency_ms
 from latency_tables.schema import LatencyTable
@@ -25,6 +26,7 @@ from prunefront.config import ModelSpec
 from prunefront.training.data import data_config_of, evaluation_batches, open_split
 from prunefront.training.evaluate import unpack_correct
 from tests.integration.workers.conftest import events_until_finished, results_of, task
+from tests.unit.latency_tables.fakes import FakeClock, FakeCpu
 from workers import profiling
 from workers.calibrate import score_variances
 from workers.candidate_models import CandidateModels
@@ -209,6 +211,8 @@ def test_measuring_reports_each_candidate_and_the_dense_model(engine: LocalEngin
         assert measurement["state"] in ("ok", "noisy")
     for measurement in items.values():
         assert measurement["speedup"] == pytest.approx(measurement["canary_ms"] / measurement["median_ms"])
+        # Three blocks of 12 · 48² weights, whatever the images.
+        assert measurement["peak_memory_mib"] is None or measurement["peak_memory_mib"] > 3 * 12 * 48**2 * 4 / 2**20
 
 
 class TickingStopwatch:
@@ -234,8 +238,12 @@ def test_building_a_table_returns_one_that_predicts_and_carries_its_report(
         models=quick,
     )
     watch = TickingStopwatch()
-    monkeypatch.setattr(profiling, "build_table", partial(build_table, settings=settings, stopwatch=watch))
-    monkeypatch.setattr(profiling, "validate_table", partial(validate_table, settings=quick, stopwatch=watch))
+    quiet = FakeCpu(FakeClock(), lambda now: 0.0)
+    monkeypatch.setattr(profiling, "settings_for", lambda device, runtime: settings)
+    monkeypatch.setattr(profiling, "build_table", partial(build_table, stopwatch=watch, cpu=quiet))
+    monkeypatch.setattr(
+        profiling, "validate_table", partial(validate_table, settings=quick, stopwatch=watch, cpu=quiet)
+    )
     partial_path = tmp_path / "partial.jsonl"
     payload = {"model": MODEL, "runtime": "eager", "dtype": "fp32", "batch_size": 1, "partial_path": str(partial_path)}
     payload["validate_schedules"] = 2
@@ -247,6 +255,18 @@ def test_building_a_table_returns_one_that_predicts_and_carries_its_report(
     assert table.validation is not None and table.validation.num_schedules == 2
     assert partial_path.exists(), "until the controller has stored the table"
     assert events[-1]["done"] == events[-1]["total"]
+
+
+@pytest.mark.parametrize(("allowed", "most"), [(None, "0.25"), (0.5, "0.50")])
+def test_a_table_beside_a_busy_process_fails_with_what_to_do(
+    allowed: float | None, most: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    busy = FakeCpu(FakeClock(), lambda now: 0.98)
+    monkeypatch.setattr(profiling, "build_table", partial(build_table, stopwatch=TickingStopwatch(), cpu=busy))
+    path = tmp_path / "partial.jsonl"
+    payload = {"model": MODEL, "batch_size": 1, "partial_path": str(path), "max_foreign_cores": allowed}
+    with pytest.raises(DisturbedError, match=f"take 0.98 cores .* at most {most} are allowed.*kept in {path}"):
+        profiling.run_table(payload, TaskContext(task("table", payload=payload), send=lambda event: None))
 
 
 def test_a_table_is_cancelled_between_two_samples(engine: LocalEngine, tmp_path: Path) -> None:

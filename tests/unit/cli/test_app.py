@@ -16,8 +16,8 @@ from prunefront.errors import ConfigError, FileWriteError
 PRINT_A_RESULT = {
     "config published", "config show", "config validate", "data inspect", "data lmdb", "devices", "doctor", "eval",
     "export", "front", "jobs list", "jobs show", "jobs watch", "measure", "methods", "models fetch", "models list",
-    "search", "table build", "table import", "table predict", "table push", "table show", "table validate", "train",
-    "visualize",
+    "search", "table build", "table import", "table list", "table predict", "table push", "table show",
+    "table validate", "train", "visualize",
 }  # fmt: skip
 
 

@@ -113,6 +113,13 @@ def test_the_search_finds_the_table_that_the_demo_builds_first(service: FakeServ
     assert trials[1] < trials[0]
 
 
+def test_a_demo_beside_other_work_says_what_its_table_may_put_up_with(service: FakeService, tmp_path: Path) -> None:
+    assert run(["demo", "--quick", "--no-serve", "--max-foreign-cores", "3", "--out", str(tmp_path)]) == 0
+    assert run(["demo", "--quick", "--no-serve", "--out", str(tmp_path)]) == 0
+    jobs = [JobAdapter.validate_python(body) for body in service.bodies]
+    assert [job.max_foreign_cores for job in jobs if isinstance(job, TableJob)] == [3.0, None]
+
+
 def test_the_demo_leaves_the_users_own_jobs_alone(service: FakeService, tmp_path: Path) -> None:
     assert run(["demo", "--quick", "--no-serve", "--out", str(tmp_path)]) == 0
     assert service.with_controller

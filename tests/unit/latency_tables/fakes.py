@@ -8,6 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from latency_tables.device import DeviceInfo
+from latency_tables.foreign_cpu import CpuPool, CpuReading
 from latency_tables.measure import WHOLE, Lap, Subject
 from latency_tables.schema import LatencyEntry, LatencyTable
 from prunefront.config import ModelSpec
@@ -55,6 +56,25 @@ class FakeClock:
         """A forward whose calls take the given times in turn."""
         durations = cycle(ms)
         return lambda x: self.work(next(durations))
+
+
+class FakeCpu:
+    """Two cores and two threads; other processes take ``taken(now)`` cores. Sleeping moves the clock."""
+
+    threads = 2
+
+    def __init__(self, clock: FakeClock, taken: Callable[[float], float]) -> None:
+        self._clock, self._taken = clock, taken
+        self._read_at_s = self._used_s = 0.0
+
+    def read(self) -> CpuReading:
+        now = self._clock.now_s
+        self._used_s += self._taken(now) * (now - self._read_at_s)
+        self._read_at_s = now
+        return CpuReading(at_s=now, own_s=0.0, pools=(CpuPool(cores=2.0, used_s=self._used_s),))
+
+    def sleep(self, seconds: float) -> None:
+        self._clock.now_s += seconds + 1e-6  # Never shorter than asked for, as a real one.
 
 
 def entry(name: str, tokens_in: int, tokens_out: int, median_ms: float) -> LatencyEntry:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from latency_tables.device import cgroup_cpu_quota, describe_device, torch_device, usable_threads
+from latency_tables.device import DeviceInfo, cgroup_cpu_quota, describe_device, torch_device, usable_threads
 from latency_tables.errors import LatencyTableError
 from tests.unit.latency_tables.fakes import DEVICE
 
@@ -28,6 +28,23 @@ def test_the_cpu_has_a_name_threads_and_versions() -> None:
 )
 def test_fingerprint_covers_hardware_and_threads_alone(changes: dict[str, object], same: bool) -> None:
     assert (DEVICE.model_copy(update=changes).fingerprint() == DEVICE.fingerprint()) is same
+
+
+@pytest.mark.parametrize(
+    ("device", "slug"),
+    [
+        ({"kind": "cpu", "name": "AMD EPYC 9B45", "threads": 2}, "amd-epyc-9b45-2-threads"),
+        ({"kind": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "threads": 1}, "intel-xeon-2.20ghz-1-thread"),
+        ({"kind": "cpu", "name": "AMD Ryzen 9 7950X 16-Core Processor", "threads": 16},
+         "amd-ryzen-9-7950x-16-core-16-threads"),
+        ({"kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}, "nvidia-h100-80gb-hbm3"),
+        ({"kind": "cuda", "name": "NVIDIA H200", "threads": 16}, "nvidia-h200"),
+        ({"kind": "other", "name": "../Pixel 9"}, "pixel-9"),
+        ({"kind": "other", "name": "電話"}, "other"),
+    ],
+)  # fmt: skip
+def test_the_slug_names_hardware_and_threads_and_is_one_folder(device: dict[str, object], slug: str) -> None:
+    assert DeviceInfo.model_validate(device).slug() == slug
 
 
 def test_omp_num_threads_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:

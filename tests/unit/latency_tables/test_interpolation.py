@@ -43,3 +43,10 @@ def test_surface_goes_by_share_within_a_row_and_by_tokens_between_rows() -> None
     assert surface(150, 105) == pytest.approx(4.0)
     assert surface(100, 10) == 5.0  # beyond the largest share: the nearest one
     assert surface(50, 45) == 1.0  # below the first row: the nearest one
+
+
+def test_a_single_row_is_scaled_in_proportion_to_its_tokens() -> None:
+    surface = Surface({(100, 90): 2.0, (100, 50): 4.0})
+    assert surface(50, 45) == pytest.approx(1.0)
+    assert surface(200, 100) == pytest.approx(8.0)
+    assert surface(50, 35) == pytest.approx(1.5)  # Share removed 0.3, half-way.

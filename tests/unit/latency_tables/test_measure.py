@@ -16,6 +16,7 @@ from latency_tables.measure import (
     interleave,
     measure_models,
     peak_memory_mib,
+    prepared_model,
     rounds_for,
     summarise,
 )
@@ -197,12 +198,12 @@ def test_a_measurement_is_brought_to_another_speed_of_the_machine() -> None:
     assert small.speedup == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize(("foreign_cpu", "state"), [(None, "ok"), (0.1, "ok"), (0.5, "noisy")])
-def test_a_steady_neighbour_makes_a_run_noisy_though_it_leaves_no_spread(foreign_cpu: float | None, state: str) -> None:
-    run = LapSamples(laps={}, canary_ms=10.0, canary_drift=0.0, foreign_cpu=foreign_cpu)
+@pytest.mark.parametrize(("cores", "state"), [(None, "ok"), (0.1, "ok"), (0.5, "noisy")])
+def test_a_steady_neighbour_makes_a_run_noisy_though_it_leaves_no_spread(cores: float | None, state: str) -> None:
+    run = LapSamples(laps={}, canary_ms=10.0, canary_drift=0.0, foreign_cores=cores)
     measured = summarise([4.0] * 10, run, MeasureSettings())
     assert measured.state == state
-    assert ("other processes used 50% of the CPU" in (measured.reason or "")) == (state == "noisy")
+    assert ("other processes took 0.50 cores" in (measured.reason or "")) == (state == "noisy")
 
 
 def test_a_canary_that_moves_too_much_makes_a_run_noisy() -> None:
@@ -274,3 +275,30 @@ def test_peak_memory_counts_weights_and_what_a_run_allocates() -> None:
         pytest.skip("this system does not tell the peak of resident memory")
     assert small >= 4.0
     assert large - small == pytest.approx(64.0, abs=8.0)
+
+
+class Heavy(nn.Module):
+    """16 Mi weights that do not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(16 * 2**20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_peak_memory_counts_the_weights_of_modules_and_of_prepared_models_in_the_dtype_they_run_in() -> None:
+    ready = prepared_model(Heavy(), "eager", "bf16", torch.device("cpu"))
+    measured = measure_models(
+        {"module": Heavy(), "prepared": ready, "callable": lambda x: x},
+        IMAGES,
+        device="cpu",
+        dtype="bf16",
+        canary="module",
+        settings=MeasureSettings(warmup_rounds=1, min_rounds=2, max_rounds=2, attempts=1),
+    )
+    memory = {key: one.peak_memory_mib for key, one in measured.items()}
+    if None in memory.values():
+        pytest.skip("this system does not tell the peak of resident memory")
+    assert memory == pytest.approx({"module": 32.0, "prepared": 32.0, "callable": 0.0}, abs=8.0)

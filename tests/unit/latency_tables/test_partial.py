@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from latency_tables.errors import LatencyTableError
-from latency_tables.partial import FinishedGroup, PartialFile, rescaled
+from latency_tables.partial import FinishedGroup, PartialFile, canary_drift, rescaled
 from prunefront.config import PruneConfig
 from prunefront.errors import FileWriteError
 from tests.unit.latency_tables.fakes import TINY, entry
@@ -83,3 +83,8 @@ def test_groups_are_brought_to_the_speed_of_the_median_canary() -> None:
     assert canary_ms == 110.0
     assert {found.tokens_in: found.median_ms for found in entries} == pytest.approx({17: 3.3, 9: 2.2})
     assert whole_models[0][1:] == (55.0, 1.0)
+
+
+def test_the_canary_tells_how_much_the_machine_changed_between_groups() -> None:
+    assert canary_drift([FinishedGroup(canary_ms=ms) for ms in (100.0, 125.0, 80.0)]) == pytest.approx(0.45)
+    assert canary_drift([FIRST]) is None

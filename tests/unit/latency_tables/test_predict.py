@@ -178,6 +178,46 @@ def test_a_selection_from_more_tokens_than_were_measured_is_refused() -> None:
         predict_latency_ms(learned_table(), config)
 
 
+def merges_and_prunes(**changes: Any) -> LatencyTable:
+    """Pruning costs 1 ms per token that enters, merging 0.5 ms."""
+    reductions = [
+        entry(f"block.{kind}", t_in, t_out, 2.0 * t_in + 3.0 * t_out + ms * t_in)
+        for kind, ms in (("evit.prune", 1.0), ("tome.merge", 0.5))
+        for t_in, t_out in ((17, 9), (9, 5))
+    ]
+    plain = [one for one in TABLE.entries if not one.entry.startswith("block.")]
+    return simple_table(entries=[*plain, *reductions], **changes)
+
+
+def test_what_was_not_measured_is_charged_as_what_it_is_made_of() -> None:
+    both = [{"block": 1, "op": "prune", "tokens": 12}, {"block": 1, "op": "merge", "tokens": 8}]
+    (_, hybrid, _) = predict(merges_and_prunes(), config_of("hybrid", *both)).blocks
+    # Pruning of 17 tokens, then merging of the 13 that are left.
+    assert hybrid.reduction_ms == pytest.approx(17.0 + 6.5)
+    # PPT computes both branches for the same tokens.
+    site = {"block": 1, "op": "pool_or_prune", "tokens": 8}
+    (_, ppt, _) = predict(merges_and_prunes(), config_of("ppt", site, threshold=7e-5)).blocks
+    assert ppt.reduction_ms == pytest.approx(17.0 + 8.5)
+
+
+def test_what_was_measured_is_not_composed() -> None:
+    table = merges_and_prunes()
+    measured = entry("block.hybrid.prune+merge", 17, 9, 2.0 * 17 + 3.0 * 9 + 11.0)
+    both = [{"block": 1, "op": "prune", "tokens": 12}, {"block": 1, "op": "merge", "tokens": 8}]
+    prediction = predict(table.evolve(entries=(*table.entries, measured)), config_of("hybrid", *both))
+    assert prediction.blocks[1].reduction_ms == pytest.approx(11.0)
+
+
+def test_predictors_are_corrected_with_stem_and_head() -> None:
+    table = learned_table(correction=Correction(factors={"reduction": 3.0, "rest": 2.0}))
+    select = config_of("dynamicvit", {"block": 1, "op": "select", "tokens": 8})
+    prune = config_of("evit", {"block": 1, "op": "prune", "tokens": 8})
+    plain = learned_table()
+    rest = 5.0 + 1.0
+    assert predict_latency_ms(table, select) - predict_latency_ms(plain, select) == pytest.approx(rest + 7.0)
+    assert predict_latency_ms(table, prune) - predict_latency_ms(plain, prune) == pytest.approx(rest + 2 * 4.0)
+
+
 def test_masked_connections_cost_attention_in_the_blocks_that_follow() -> None:
     site = {"block": 0, "op": "prune", "tokens": 8}
     masked = predict(learned_table(), config_of("trilevel", site, attn_ratio=0.5))
@@ -198,9 +238,10 @@ def test_a_table_from_before_learned_methods_names_what_it_lacks() -> None:
 
 def test_methods_are_covered_when_all_their_reductions_are() -> None:
     geometry = geometry_for(TINY)
-    assert predictor_of(TABLE).covered_methods(geometry) == ["evit", "tome"]
+    # Reductions of ppt and hybrid are made of EViT's and ToMe's.
+    assert predictor_of(TABLE).covered_methods(geometry) == ["evit", "tome", "ppt", "hybrid"]
     assert predictor_of(learned_table()).covered_methods(geometry) == [
-        "evit", "tome", "dynamicvit", "spvit", "trilevel",
+        "evit", "tome", "ppt", "hybrid", "dynamicvit", "spvit", "trilevel",
     ]  # fmt: skip
     # Without a class token hybrid only merges.
     assert predictor_of(TABLE).covered_methods(geometry_for(NO_CLASS_TOKEN)) == [
@@ -235,16 +276,22 @@ def test_images_that_run_alone_cost_their_own_counts(mode: str) -> None:
     assert distribution.p95_ms == pytest.approx(sorted(ms)[3] + 0.8 * (sorted(ms)[4] - sorted(ms)[3]))
 
 
-def test_a_batch_is_padded_to_its_largest_counts() -> None:
+def test_images_of_a_batch_cost_their_own_counts_without_padding() -> None:
     table = learned_table(batch_size=2)
-    # The largest of both sites are of different images; the last image fills no batch.
+    # The last image fills no batch.
     distribution = predict_distribution(table, ADAPTIVE, np.array([[12, 3], [10, 7], [0, 0]]))
-    kept_12_7 = 20.0 + 5.0 * (14 + 2 * 10)
-    padding = 0.25 * (14 + 2 * 10)  # a mask like that of token sizes
     assert distribution.num_batches == 1
-    assert distribution.p50_ms == pytest.approx(kept_12_7 + padding)
+    assert distribution.p50_ms == pytest.approx(20.0 + 5.0 * ((14 + 12) / 2 + 2 * (6 + 10) / 2))
     alike = predict_distribution(table, ADAPTIVE, np.array([[12, 7], [12, 7]]))
-    assert alike.mean_ms == alike.p50_ms == alike.p95_ms == pytest.approx(kept_12_7)
+    assert alike.mean_ms == alike.p50_ms == alike.p95_ms == pytest.approx(20.0 + 5.0 * (14 + 2 * 10))
+
+
+def test_batches_differ_where_their_images_do() -> None:
+    table = learned_table(batch_size=2)
+    distribution = predict_distribution(table, ADAPTIVE, np.array([[12, 7], [0, 0], [16, 16], [12, 7]]))
+    small, large = 20.0 + 5.0 * (8 + 2 * 6.5), 20.0 + 5.0 * (16 + 2 * 14.5)
+    assert distribution.mean_ms == distribution.p50_ms == pytest.approx((small + large) / 2)
+    assert distribution.p95_ms == pytest.approx(small + 0.95 * (large - small))
 
 
 @pytest.mark.parametrize(

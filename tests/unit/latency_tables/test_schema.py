@@ -1,12 +1,20 @@
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latency_tables.schema import LatencyTableError, ValidationPoint, load_table, parse_table, save_table
+from latency_tables.schema import (
+    LatencyTableError,
+    ValidationPoint,
+    ValidationReport,
+    load_table,
+    parse_table,
+    save_table,
+)
 from prunefront.config import PruneConfig
-from tests.unit.latency_tables.fakes import TINY, entry, simple_table, table_of
+from tests.unit.latency_tables.fakes import DEVICE, TINY, entry, simple_table, table_of
 
 
 def test_a_table_survives_the_file(tmp_path: Path) -> None:
@@ -97,3 +105,27 @@ def test_an_infinite_latency_is_refused() -> None:
     document["entries"][0]["median_ms"] = float("inf")
     with pytest.raises(LatencyTableError, match="entries.0.median_ms"):
         parse_table(document)
+
+
+def test_points_are_written_without_what_they_leave_to_defaults_and_read_back_whole(tmp_path: Path) -> None:
+    configs = [
+        PruneConfig(model=TINY, method="evit", sites=({"block": 1, "op": "fuse", "keep_ratio": 0.5},)),
+        PruneConfig(
+            model=TINY,
+            method="spvit",
+            sites=({"block": 1, "op": "select", "cumulative_keep_ratio": 0.5},),
+            options={"mode": "fixed"},
+        ),
+        PruneConfig(model=TINY.model_copy(update={"num_classes": 10}), method="hybrid"),
+    ]
+    points = [ValidationPoint(config=config, predicted_ms=1.0, measured_ms=2.0, iqr_ms=0.1) for config in configs]
+    report = ValidationReport(
+        num_schedules=3, seed=0, mape=0.5, bias=-0.5, within_5_percent=0, within_10_percent=0, kendall_tau=None,
+        dense_ms=2.0, dense_predicted_ms=1.0, noise=0.05, num_noisy=0, device=DEVICE,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC), points=tuple(points),
+    )  # fmt: skip
+    table = simple_table(validation=report)
+    path = save_table(table, tmp_path / "table.json")
+    assert load_table(path) == table
+    written = json.loads(path.read_text())["validation"]["points"]
+    assert written[0]["config"]["sites"] == [{"block": 1, "op": "fuse", "keep_ratio": 0.5}]

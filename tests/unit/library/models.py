@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+import prunefront
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.schedule import token_counts
 
@@ -85,3 +86,25 @@ def schedules() -> dict[str, PruneConfig]:
             score="cls_value",
         ),
     }
+
+
+def images(batch: int = 3, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, 48, 48, generator=torch.Generator().manual_seed(seed))
+
+
+def selecting(method: str, spec: Any = None, sites: list[dict[str, Any]] | None = None, **options: Any) -> Any:
+    """A compressed model of "dynamicvit" or "spvit" whose untrained selectors keep about half of `images`' tokens."""
+    spec = spec or small_spec()
+    torch.manual_seed(0)
+    model: Any = prunefront.compress(build(spec), config(method, sites or _selections(), spec, **options))
+    model.eval()
+    with torch.no_grad():  # spread the predictors' scores, so that images differ
+        for name, parameter in model.named_parameters():
+            if "score_predictor" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        for stage in range(len(model.score_predictor)):  # and centre them
+            _, aux = model(images(), return_aux=True)
+            scores = aux.sites[stage].values["pred_score"]
+            last = model.score_predictor[stage].out_conv[0 if method == "spvit" else 4]
+            (last[4] if method == "spvit" else last).bias[0] -= (scores[..., 0] - scores[..., 1]).median()
+    return model

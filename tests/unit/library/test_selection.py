@@ -20,44 +20,24 @@ from prunefront.methods.selection import KEEP, decide
 from tests.unit.library import models
 
 LVVIT = models.small_spec("lvvit_s", stem_width=8)
-SITES = [{"block": b, "op": "select", "cumulative_keep_ratio": r} for b, r in ((1, 0.7), (3, 0.4))]
-
-
-def _images(batch: int = 3, seed: int = 1) -> torch.Tensor:
-    return torch.randn(batch, 3, 48, 48, generator=torch.Generator().manual_seed(seed))
-
-
-def _model(method: str, spec: Any = None, sites: list[dict[str, Any]] | None = None, **options: Any) -> Any:
-    spec = spec or models.small_spec()
-    torch.manual_seed(0)
-    model: Any = prunefront.compress(models.build(spec), models.config(method, sites or SITES, spec, **options))
-    model.eval()
-    with torch.no_grad():  # spread the predictors' scores, so that images differ
-        for name, parameter in model.named_parameters():
-            if "score_predictor" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        for stage in range(len(model.score_predictor)):  # and centre them: about half of the tokens stay
-            _, aux = model(_images(), return_aux=True)
-            scores = aux.sites[stage].values["pred_score"]
-            last = model.score_predictor[stage].out_conv[0 if method == "spvit" else 4]
-            (last[4] if method == "spvit" else last).bias[0] -= (scores[..., 0] - scores[..., 1]).median()
-    return model
 
 
 @pytest.mark.parametrize("spec", [models.small_spec(), LVVIT], ids=["vit", "lvvit"])
 def test_keeping_every_token_equals_the_dense_model(spec: Any) -> None:
     keep_all = [{"block": 1, "op": "select", "cumulative_keep_ratio": 1.0}]
-    model = _model("dynamicvit", spec, keep_all)
+    model = models.selecting("dynamicvit", spec, keep_all)
     with torch.no_grad():
-        torch.testing.assert_close(model(_images()), prunefront.uncompress(model)(_images()), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(models.images()), prunefront.uncompress(model)(models.images()), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("spec", [models.small_spec(), LVVIT], ids=["vit", "lvvit"])
 @pytest.mark.parametrize("method", ["dynamicvit", "spvit"])
 def test_evaluation_removes_what_training_masks(method: str, spec: Any) -> None:
     """With the decisions of evaluation and nothing leaking to masked tokens both ways compute one function."""
-    model = _model(method, spec, mode="adaptive") if method == "spvit" else _model(method, spec)
-    images = _images()
+    model = models.selecting(method, spec, mode="adaptive") if method == "spvit" else models.selecting(method, spec)
+    images = models.images()
     with torch.no_grad():
         removed, aux = model(images, return_aux=True)
         chosen = iter(aux.decisions)
@@ -76,8 +56,8 @@ def test_evaluation_removes_what_training_masks(method: str, spec: Any) -> None:
 
 @pytest.mark.parametrize("method", ["dynamicvit", "spvit"])
 def test_training_keeps_all_tokens_and_gives_gradients_to_predictors(method: str) -> None:
-    model = _model(method).train()
-    logits, aux = model(_images(), return_aux=True)
+    model = models.selecting(method).train()
+    logits, aux = model(models.images(), return_aux=True)
     assert aux.tokens.shape[1] == 37 + (2 if method == "spvit" else 0)
     for earlier, later in zip(aux.decisions, aux.decisions[1:], strict=False):
         assert ((later == 0) | (earlier == 1)).all(), "a dropped token came back"
@@ -111,12 +91,12 @@ def test_noise_is_gumbel() -> None:
 @pytest.mark.parametrize("spec", [models.small_spec(), LVVIT], ids=["vit", "lvvit"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_an_image_may_lose_every_patch(spec: Any, training: bool) -> None:
-    model = _model("spvit", spec)
+    model = models.selecting("spvit", spec)
     with torch.no_grad():
         for selector in model.score_predictor:
             selector.out_conv[0][4].bias.copy_(torch.tensor([-50.0, 50.0]))
     model.train(training)
-    logits, aux = model(_images(), return_aux=True)
+    logits, aux = model(models.images(), return_aux=True)
     assert logits.isfinite().all()
     assert all(decision.sum() == 0 for decision in aux.decisions)
     logits.sum().backward()
@@ -124,24 +104,24 @@ def test_an_image_may_lose_every_patch(spec: Any, training: bool) -> None:
 
 
 def test_only_surviving_patches_vote_in_lvvit() -> None:
-    model = _model("dynamicvit", LVVIT)
+    model = models.selecting("dynamicvit", LVVIT)
     with torch.no_grad():
-        logits, aux = model(_images(), return_aux=True)
+        logits, aux = model(models.images(), return_aux=True)
         by_hand = model.head(aux.tokens[:, 0]) + 0.5 * model.aux_head(aux.tokens[:, 1:]).amax(dim=1)
     assert aux.tokens.shape[1] == 1 + int(36 * 0.4)
     torch.testing.assert_close(logits, by_hand)
     fused = prunefront.compress(model, models.config("evit", [{"block": 3, "op": "fuse", "tokens": 9}], LVVIT))
     with torch.no_grad():
-        logits, aux = fused(_images(), return_aux=True)
+        logits, aux = fused(models.images(), return_aux=True)
         by_hand = model.head(aux.tokens[:, 0]) + 0.5 * model.aux_head(aux.tokens[:, 1:10]).amax(dim=1)
     assert aux.tokens.shape[1] == 11
     torch.testing.assert_close(logits, by_hand)
 
 
 def test_packages_do_not_vote_in_lvvit() -> None:
-    model = _model("spvit", LVVIT, mode="fixed")
+    model = models.selecting("spvit", LVVIT, mode="fixed")
     with torch.no_grad():
-        logits, aux = model(_images(), return_aux=True)
+        logits, aux = model(models.images(), return_aux=True)
         patches = aux.tokens[:, 1:-2]
         by_hand = model.head(aux.tokens[:, 0]) + 0.5 * model.aux_head(patches).amax(dim=1)
     assert patches.shape[1] == int(36 * 0.4)
@@ -150,9 +130,9 @@ def test_packages_do_not_vote_in_lvvit() -> None:
 
 @pytest.mark.parametrize("mode", ["adaptive", "bucketed", "fixed"])
 def test_spvit_modes_keep_what_they_promise(mode: str) -> None:
-    model = _model("spvit", mode=mode, bucket=4)
+    model = models.selecting("spvit", mode=mode, bucket=4)
     with torch.no_grad():
-        _, aux = model(_images(8), return_aux=True)
+        _, aux = model(models.images(8), return_aux=True)
     counts = torch.stack([site.values["counts"] for site in aux.sites])
     first = aux.sites[0].values["pred_score"]
     wanted = (first[..., 0] >= first[..., 1]).sum(dim=1)
@@ -169,7 +149,7 @@ def test_spvit_modes_keep_what_they_promise(mode: str) -> None:
 
 
 def test_package_is_the_weighted_sum_or_mean_of_what_was_dropped() -> None:
-    summed, mean = _model("spvit"), _model("spvit", package_norm="mean")
+    summed, mean = models.selecting("spvit"), models.selecting("spvit", package_norm="mean")
     with torch.no_grad():
         packages = []
         for model in (summed, mean):
@@ -177,7 +157,7 @@ def test_package_is_the_weighted_sum_or_mean_of_what_was_dropped() -> None:
             hook = model.score_predictor[0].register_forward_pre_hook(
                 lambda _, args, seen=entering: seen.append(args[0])
             )
-            _, aux = model(_images(), return_aux=True)
+            _, aux = model(models.images(), return_aux=True)
             hook.remove()
             site = aux.sites[0].values
             weight = site["softmax_score"][..., 0] * (1 - aux.decisions[0])
@@ -190,8 +170,8 @@ def test_package_is_the_weighted_sum_or_mean_of_what_was_dropped() -> None:
 
 @pytest.mark.parametrize("method", ["dynamicvit", "spvit"])
 def test_predictors_travel_with_the_model(method: str, tmp_path: Path) -> None:
-    model = _model(method)
-    images = _images()
+    model = models.selecting(method)
+    images = models.images()
     dense = prunefront.uncompress(model)
     with torch.no_grad():
         logits = model(images)
@@ -210,25 +190,25 @@ def test_predictors_travel_with_the_model(method: str, tmp_path: Path) -> None:
 
 
 def test_other_ratios_for_a_call_need_trained_blocks() -> None:
-    model = _model("dynamicvit")
+    model = models.selecting("dynamicvit")
     with torch.no_grad():
-        _, aux = model(_images(), schedule=[{"block": 3, "op": "select", "tokens": 5}], return_aux=True)
+        _, aux = model(models.images(), schedule=[{"block": 3, "op": "select", "tokens": 5}], return_aux=True)
         assert aux.tokens.shape[1] == 6
         alone = model.score_predictor[1](torch.zeros(1, 4, 48))
         assert alone.shape == (1, 4, 2)
     with pytest.raises(ConfigError, match=r"predictors for blocks \[1, 3\], but the schedule asks for blocks \[2\]"):
-        model(_images(), schedule=[{"block": 2, "op": "select", "tokens": 5}])
+        model(models.images(), schedule=[{"block": 2, "op": "select", "tokens": 5}])
 
 
 @pytest.mark.parametrize("method", ["dynamicvit", "spvit"])
 def test_gradient_checkpointing_gives_the_same_gradients(method: str) -> None:
-    model = _model(method).train()
+    model = models.selecting(method).train()
     gradients = []
     for checkpointing in (False, True):
         model.zero_grad()
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(3)  # the same noise
-        model(_images()).square().sum().backward()
+        model(models.images()).square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4)
@@ -237,11 +217,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str) -> None:
 def test_batch_norms_fold_into_the_convolutions() -> None:
     model: Any = models.build(LVVIT)
     model.train()
-    model(_images(8, seed=5))  # running statistics that are not the identity
+    model(models.images(8, seed=5))  # running statistics that are not the identity
     model.eval()
     folded: Any = fold_batch_norm(model)
     with torch.no_grad():
-        torch.testing.assert_close(folded(_images()), model(_images()), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(folded(models.images()), model(models.images()), atol=1e-5, rtol=1e-5)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert isinstance(model.patch_embed.bn1, torch.nn.BatchNorm2d)
     with pytest.raises(ModelError, match="Only LV-ViT"):
@@ -267,5 +247,5 @@ def test_lvvit_has_the_official_number_of_parameters(name: str, parameters: int)
 def test_both_classifiers_of_lvvit_are_replaced() -> None:
     model: Any = models.build(LVVIT)
     model.reset_classifier(4)
-    assert model(_images()).shape == (3, 4)
+    assert model(models.images()).shape == (3, 4)
     assert model.aux_head.out_features == 4

@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution
 
 from prunefront.config import PruneConfig
+from prunefront.errors import ConfigError
 from prunefront.registry import get_method
-from prunefront.schedule import plan_schedule
+from prunefront.schedule import TokenSchedule, plan_schedule
+from search.documents import SearchSpace
 from search.proposals import quasi_random
-from search.space import LEFT_ALONE, OPERATIONS, Variances
-from tests.unit.search.spaces import ATTENTION_MS, METHODS, MLP_MS, NO_CLASS_TOKEN, SMALL, latency_ms, space_of
+from search.space import LEFT_ALONE, OPERATIONS, ScheduleSpace, Variances
+from tests.unit.search.spaces import (
+    ATTENTION_MS,
+    METHODS,
+    MLP_MS,
+    NO_CLASS_TOKEN,
+    SMALL,
+    VARIANCES,
+    latency_ms,
+    space_of,
+)
 
 SPACE = space_of()
 # What one more token leaving at each block may change in all: a step of the bisection removes one from several blocks.
@@ -102,6 +115,23 @@ def test_a_quantile_of_the_variances_becomes_ppts_threshold() -> None:
     assert variances.threshold(0.5, [0, 1]) == pytest.approx(16.5)
     assert variances.threshold(1.0, [1]) == 40.0
     assert variances.threshold(0.5, []) == pytest.approx(16.5)
+
+
+def test_methods_that_fit_into_no_memory_are_left_out() -> None:
+    def in_little_memory_ms(schedule: TokenSchedule) -> float:
+        return math.inf if schedule.method == "tome" else latency_ms(schedule)
+
+    known = ScheduleSpace(SMALL, SPACE.geometry, SearchSpace(), latency_ms=in_little_memory_ms, variances=VARIANCES)
+    assert known.methods == tuple(method for method in METHODS if method != "tome")
+    assert known.min_share == pytest.approx(
+        min(latency_ms(SPACE.most_reduced(m)) for m in known.methods) / SPACE.dense_ms
+    )
+    choice = known.distributions["method"]
+    assert isinstance(choice, CategoricalDistribution) and "tome" not in choice.choices
+    merged = SPACE.config(point(3, "tome"))
+    assert known.params_of(merged)["share"] == known.max_share
+    with pytest.raises(ConfigError, match="None of the methods evit, ppt.* fits into memory"):
+        ScheduleSpace(SMALL, SPACE.geometry, SearchSpace(), latency_ms=lambda schedule: math.inf, variances=VARIANCES)
 
 
 def test_models_without_a_class_token_merge() -> None:

@@ -55,7 +55,9 @@ def test_failures_are_told_apart_by_what_they_mean_for_another_try() -> None:
     causes = {
         MemoryError(): FailureCause.OUT_OF_MEMORY,
         torch.OutOfMemoryError("CUDA out of memory."): FailureCause.OUT_OF_MEMORY,
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: ..."): FailureCause.OUT_OF_MEMORY,
+        RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ): FailureCause.OUT_OF_MEMORY,
         CheckpointError("It does not fit."): FailureCause.INPUT,
         LatencyTableError("Other hardware."): FailureCause.INPUT,
         FileWriteError("The disk is full."): FailureCause.ERROR,

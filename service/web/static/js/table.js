@@ -21,7 +21,7 @@ function groups() {
 
 function curve(name, index) {
   const stroke = colour(COLOURS[index % COLOURS.length]);
-  const entries = table.document.entries.filter((entry) => entry.entry === name).sort((a, b) => a.tokens_in - b.tokens_in || a.tokens_out - b.tokens_out);
+  const entries = table.document.entries.filter((entry) => entry.entry === name && entry.median_ms !== null).sort((a, b) => a.tokens_in - b.tokens_in || a.tokens_out - b.tokens_out);
   const isReduction = name.startsWith("block.");
   const rows = entries.map((entry) => ({
     value: [entry.tokens_in, entry.median_ms],
@@ -101,8 +101,9 @@ try {
   byId("download").href = URL.createObjectURL(new Blob([JSON.stringify(table.document, null, 1)], { type: "application/json" }));
   byId("entries").replaceChildren(...Object.keys(groups()).map((name) => element("option", {}, name)));
   byId("entries").addEventListener("change", () => chart.draw());
+  const unfit = table.document.entries.filter((entry) => entry.state === "out_of_memory").length;
   const noisy = table.document.entries.filter((entry) => entry.state === "noisy").length;
-  byId("noisy").textContent = `${table.document.entries.length} entries${noisy ? `, ${noisy} of them noisy (hollow)` : ""}.`;
+  byId("noisy").textContent = `${table.document.entries.length} entries${noisy ? `, ${noisy} of them noisy (hollow)` : ""}${unfit ? `; ${unfit} ran out of memory and have no latency` : ""}.`;
   byId("curve-loading").hidden = true;
   byId("curve").hidden = false;
   chart.draw();
