@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
