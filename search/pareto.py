@@ -114,6 +114,9 @@ def build_front(
     winners = [p.label for p in front if p.origin in ("resolution", "sibling")]
     if winners:
         notes.append(f"Without any token reduction, {', '.join(winners)} is on the front.")
+    untuned = (job.result or {}).get("untuned")
+    if untuned:
+        notes.append(untuned)
     return Front(
         job=job.id,
         device=place,

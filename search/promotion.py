@@ -11,6 +11,9 @@ from store import CandidateRecord, EvaluationRecord
 # Candidates per place that are judged on all search images first: of hundreds judged on a sample, the best are also the
 # luckiest.
 FINALISTS_PER_PLACE = 2
+# Loss of top-1 off the shelf that fine-tuning is spent on: few epochs would not bring more back, and what lost nothing
+# needs none.
+RECOVERABLE = (0.003, 0.10)
 MARKS_PER_METHOD = 2  # of a method's published schedules; the others run as candidates
 
 
@@ -54,6 +57,36 @@ def choose_promising(
             chosen += spread([point.candidate for point in front], count - len(chosen))
             rivals = [point for point in rivals if point not in front]
     return chosen
+
+
+def choose_recoverable(leaders: Sequence[Rival], count: int, *, dense_top1: float) -> list[CandidateRecord]:
+    """Candidates to fine-tune: proposals and published schedules that lost a little.
+
+    Args:
+        leaders: Those that a front stands on.
+        count: How many.
+        dense_top1: Of the dense model on the same images.
+    """
+    least, most = RECOVERABLE
+    return spread([one.candidate for one in _reductions(leaders) if least <= dense_top1 - one.top1 <= most], count)
+
+
+def why_none_is_recoverable(leaders: Sequence[Rival], *, dense_top1: float) -> str:
+    """Why `choose_recoverable` chose nobody, in one sentence."""
+    least, most = RECOVERABLE
+    losses = [dense_top1 - one.top1 for one in _reductions(leaders)]
+    if not losses:
+        return "Nothing was fine-tuned: no schedule that reduces tokens is on the measured front."
+    less = sum(loss < least for loss in losses)
+    more = len(losses) - less
+    return (
+        f"Nothing was fine-tuned: that is for schedules on the measured front that lost {100 * least:g} to "
+        f"{100 * most:g} points of top-1, but of the {len(losses)} there {less} lost less and {more} more."
+    )
+
+
+def _reductions(leaders: Sequence[Rival]) -> list[Rival]:
+    return [one for one in leaders if one.candidate.origin in ("sampler", "published")]
 
 
 def screened_on(candidate: CandidateRecord, num_images: int) -> EvaluationRecord | None:

@@ -36,8 +36,9 @@ from search.promotion import (
     Rival,
     choose_marks,
     choose_promising,
+    choose_recoverable,
     screened_on,
-    spread,
+    why_none_is_recoverable,
 )
 from search.proposals import Proposer, Told
 from search.seeds import seeds_for, transfer
@@ -49,7 +50,6 @@ MAX_EMPTY_PROPOSALS = 200  # proposals in a row that are all known or do not fit
 MEASURED_FIRST = "screened"  # stages of measurements
 MEASURED_AGAIN = "confirmed"
 MEASURED_FINETUNED = "finetuned"
-RECOVERABLE = (0.003, 0.10)  # loss of top-1 off the shelf that fine-tuning is spent on
 
 
 class SearchRun:
@@ -68,6 +68,7 @@ class SearchRun:
         self.weights = {"pretrained": checkpoint is None, "checkpoint": checkpoint}
         with torch.device("meta"):
             self.data_config = data_config_of(build_timm_model(self.spec))
+        self._untuned: str | None = None  # why nothing was fine-tuned, although it was asked for
         self._images: dict[tuple[str, int | None], tuple[int, np.ndarray | None]] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class SearchRun:
         self._measure(promoted, MEASURED_FIRST, "measuring")
         finetuned = self._finetune()
         self._measure(finetuned, MEASURED_FINETUNED, "measuring again")
-        self._measure(self._leaders(), MEASURED_AGAIN, "measuring again")
+        self._measure([one.candidate for one in self._leaders()], MEASURED_AGAIN, "measuring again")
         self._test(promoted, "evaluated")
         self._test(finetuned, "finetuned")
         front = build_front(self.run.job, self._candidates())
@@ -93,7 +94,8 @@ class SearchRun:
             "num_candidates": len(self._candidates()),
             "num_points": len(front.points),
             "fidelity": front.fidelity,
-            "notes": list(front.notes),
+            "untuned": self._untuned,
+            "notes": [*front.notes, *([] if self._untuned is None else [self._untuned])],
         }
 
     # Preparing -----------------------------------------------------------------------------------------------------
@@ -500,8 +502,8 @@ class SearchRun:
         dense = {**value["dense"], "speedup": 1.0}
         store_measurement(self.run, self.place, 0, stage, dense, device_name=device_name)
 
-    def _leaders(self) -> list[CandidateRecord]:
-        """Candidates the front stands on so far. Measured twice, since the fastest of many is also the luckiest."""
+    def _leaders(self) -> list[Rival]:
+        """What the front stands on so far. Measured twice, since the fastest of many is also the luckiest."""
         measured = [
             (c, e.top1, m)
             for c in self._candidates()
@@ -509,7 +511,7 @@ class SearchRun:
             and (e := evaluation_of(c, "screened")) is not None
         ]
         points = [Rival(candidate=c, top1=top1, measured_ms=m.median_ms) for c, top1, m in measured]
-        return [point.candidate for point in pareto_front(points)]
+        return pareto_front(points)
 
     # Fine-tuning ---------------------------------------------------------------------------------------------------
 
@@ -520,17 +522,11 @@ class SearchRun:
             return []
         dense = evaluation_of(self._candidates()[0], "screened")
         assert dense is not None
-        chosen = spread(
-            [
-                c
-                for c in self._leaders()
-                if c.origin in ("sampler", "published")
-                and (e := evaluation_of(c, "screened")) is not None
-                # Fewer epochs than this loss needs would not bring it back, and what lost nothing needs none.
-                and RECOVERABLE[0] <= dense.top1 - e.top1 <= RECOVERABLE[1]
-            ],
-            top,
-        )
+        leaders = self._leaders()
+        chosen = choose_recoverable(leaders, top, dense_top1=dense.top1)
+        if not chosen:
+            self._untuned = why_none_is_recoverable(leaders, dense_top1=dense.top1)
+            self.store.add_event(self.run.id, "not_finetuned", {"message": self._untuned})
         for place, candidate in enumerate(chosen):
             if self._finetuned_path(candidate.number) is not None:
                 continue

@@ -364,6 +364,9 @@ class _Run:
             event = self.examples.start_epoch(epoch)
             if event is not None:
                 _log.info("images exchanged", extra={"action": "examples_event", "removed": len(event.removed)})
+            if not self.examples.is_collecting:
+                # Nobody scores images from here on, so the forward pass need not record what they are scored by.
+                self.objective = build_objective(self.recipe.model_copy(update={"examples": None}), self.model)
             indices = self.examples.train
         options: dict[str, Any] = {
             "batch_size": self.recipe.batch_size,

@@ -69,6 +69,20 @@ def test_the_front_of_a_finished_search_is_measured_and_not_slower_than_dense(st
     assert job.result["num_candidates"] == len(store.list_candidates(job.id))
 
 
+def test_a_search_that_fine_tunes_nothing_says_why(store, settings, monkeypatch):
+    monkeypatch.setattr("search.promotion.RECOVERABLE", (0.99, 1.0))
+    engine = FakeEngine()
+    job = run_to_end(store, engine, settings, search_body())
+    assert "finetune" not in engine.kinds()
+    (event,) = [event for event in store.events_after(job.id, 0, 1000) if event.type == "not_finetuned"]
+    said = event.payload["message"]
+    assert said.startswith(
+        "Nothing was fine-tuned: that is for schedules on the measured front that lost 99 to 100 points"
+    )
+    assert said in job.result["notes"]
+    assert said in build_front(job, store.list_candidates(job.id)).notes
+
+
 def test_fine_tuned_candidates_are_measured_and_tested_with_their_own_weights(store, settings):
     engine = FakeEngine()
     # Every candidate is within what fine-tuning is spent on, so that some are chosen whatever is proposed.

@@ -306,6 +306,25 @@ def test_images_are_scored_by_the_variance_of_the_last_blocks_class_attention(tm
     assert event.class_variance.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
 
 
+def test_class_attention_is_recorded_until_the_last_exchange_alone(tmp_path, monkeypatch):
+    recorded: list[bool] = []
+
+    class Watched(Classification):
+        def loss(self, outputs, targets):
+            loss = super().loss(outputs, targets)
+            recorded.append(loss.class_attention is not None)
+            return loss
+
+    monkeypatch.setitem(OBJECTIVES, "classification", Watched)
+    # Six batches of 4 an epoch; the only exchange comes before the second of three, in which the run is interrupted.
+    examples = ExampleOptions(initial_removed=10, remove=4, interval_epochs=1, events=1, score="forgetting+cls_var")
+    recipe = RECIPE.model_copy(update={"examples": examples, "accumulate": 1})
+    stopped(tmp_path / "run", 8, model=trilevel(), recipe=recipe)
+    run(tmp_path / "run", trilevel(), recipe=recipe)
+
+    assert recorded == 6 * [True] + 12 * [False]
+
+
 def test_a_score_by_attention_is_refused_where_there_is_none(tmp_path, monkeypatch):
     recipe = RECIPE.model_copy(update={"examples": ExampleOptions(score="forgetting+cls_var"), "keep_rate": None})
 
