@@ -26,7 +26,7 @@ demo: $(STAMP) ## Search a Pareto front for the demo model on this machine, then
 	@$(BIN)/prunefront demo $(ARGS)
 
 test: $(STAMP) ## Run the tests; what this machine lacks is skipped with the reason
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	@$(BIN)/ruff check .

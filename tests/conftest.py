@@ -21,6 +21,17 @@ hypothesis.settings.register_profile("without deadlines", deadline=None)
 hypothesis.settings.load_profile("without deadlines")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several test processes cores of its own: none then takes CPU from what another one measures."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+    own = sorted(os.sched_getaffinity(0))[number::count]
+    if own:
+        os.sched_setaffinity(0, own)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose marker names something that this machine lacks, and say what."""
     if item.get_closest_marker("compile"):
