@@ -24,6 +24,7 @@ _DECISIVE_CPU_FLAGS = (
     "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
 _UNTELLING = re.compile(r"\((r|tm)\)|\b(cpu|processor)\b")  # in the names of CPUs
+_CPUINFO = Path("/proc/cpuinfo")
 _VERSIONED_PACKAGES = ("torch", "timm", "prunefront")
 
 
@@ -70,7 +71,7 @@ def describe_device(device: str = "cpu") -> DeviceInfo:
     if parsed.type == "cpu":
         return DeviceInfo(
             kind="cpu",
-            name=_cpu_name(),
+            name=cpu_name(),
             logical_cores=os.cpu_count(),
             threads=usable_threads(),
             cpu_features=_cpu_features(),
@@ -182,16 +183,24 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _cpu_info(*keys: str) -> str:
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
+def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+    """Name of the CPU's model, with family and number where the name alone does not tell the generation.
+
+    Hypervisors like to say "AMD EPYC" of CPUs that differ by a factor of two.
+    """
+    name = _cpu_info("model name", "Model", cpuinfo=cpuinfo) or platform.processor() or platform.machine()
+    family, number = (_cpu_info(key, cpuinfo=cpuinfo) for key in ("cpu family", "model"))
+    if family and number and not re.search(r"\d", name.partition("@")[0]):
+        return f"{name} (family {family}, model {number})"
+    return name or "unknown CPU"
+
+
+def _cpu_info(*keys: str, cpuinfo: Path = _CPUINFO) -> str:
+    for line in _read(cpuinfo).splitlines():
         name, _, value = line.partition(":")
         if name.strip() in keys:
             return value.strip()
     return ""
-
-
-def _cpu_name() -> str:
-    return _cpu_info("model name", "Model") or platform.processor() or platform.machine() or "unknown CPU"
 
 
 def _cpu_features() -> tuple[str, ...]:

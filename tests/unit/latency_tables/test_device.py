@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from latency_tables.device import DeviceInfo, cgroup_cpu_quota, describe_device, torch_device, usable_threads
+from latency_tables.device import (
+    DeviceInfo,
+    cgroup_cpu_quota,
+    cpu_name,
+    describe_device,
+    torch_device,
+    usable_threads,
+)
 from latency_tables.errors import LatencyTableError
 from tests.unit.latency_tables.fakes import DEVICE
 
@@ -37,6 +44,8 @@ def test_fingerprint_covers_hardware_and_threads_alone(changes: dict[str, object
         ({"kind": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "threads": 1}, "intel-xeon-2.20ghz-1-thread"),
         ({"kind": "cpu", "name": "AMD Ryzen 9 7950X 16-Core Processor", "threads": 16},
          "amd-ryzen-9-7950x-16-core-16-threads"),
+        ({"kind": "cpu", "name": "AMD EPYC (family 25, model 17)", "threads": 2},
+         "amd-epyc-family-25-model-17-2-threads"),
         ({"kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}, "nvidia-h100-80gb-hbm3"),
         ({"kind": "cuda", "name": "NVIDIA H200", "threads": 16}, "nvidia-h200"),
         ({"kind": "other", "name": "../Pixel 9"}, "pixel-9"),
@@ -45,6 +54,23 @@ def test_fingerprint_covers_hardware_and_threads_alone(changes: dict[str, object
 )  # fmt: skip
 def test_the_slug_names_hardware_and_threads_and_is_one_folder(device: dict[str, object], slug: str) -> None:
     assert DeviceInfo.model_validate(device).slug() == slug
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25, model 17)"),
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", "Intel(R) Xeon(R) Processor @ 2.50GHz (family 25, model 17)"),
+        ("AMD EPYC 9B45", "AMD EPYC 9B45"),
+        ("11th Gen Intel(R) Core(TM) i7-1165G7 @ 2.80GHz", "11th Gen Intel(R) Core(TM) i7-1165G7 @ 2.80GHz"),
+    ],
+)
+def test_a_cpu_whose_name_hides_its_generation_is_told_by_family_and_model(
+    tmp_path: Path, name: str, told: str
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"vendor_id\t: X\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {name}\nstepping\t: 1\n")
+    assert cpu_name(path) == told
 
 
 def test_omp_num_threads_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
