@@ -9,6 +9,8 @@ method:
 
 - *speed-up*: dense in its fastest runtime over the method in its fastest;
 - *conversion*: speed-up over the ratio of MACs, 1 where every saved MAC saves its share of time;
+- *linears*: what conversion would be if the model were its linear layers (with their norms and activations) alone, at
+  the method's token counts: how well the machine's matrix products turn fewer rows into less time;
 - *over reference*: the eager reference over the method in its fastest runtime;
 - *of peak*: share of the machine's matmul peak, measured in the same run as the fastest of some square products;
 - *of roofline* (CUDA): share of the speed that neither this peak nor the memory allows to exceed: weights and images
@@ -57,6 +59,7 @@ METHODS = ("evit", "diffrate", "tome", "ppt", "dynamicvit", "hybrid", "spvit", "
 MACS_SHARE = 0.65
 DENSE = "dense"
 EAGER_REFERENCE = "reference"
+LINEARS = "linears"
 COPY = "copy"
 # Published schedules of hybrid do not exist; EViT's blocks with both of its operations.
 HYBRID = tuple(Site(block=block, op=op, keep_ratio=0.82) for block in (3, 6, 9) for op in ("fuse", "merge"))
@@ -161,7 +164,13 @@ def measure(
         "load_before": round(load, 2),
         "seconds": round(time.monotonic() - start, 1),
         "claimed_conversion": CLAIMED[target.type].get(batch_size),
-        **figures(measured, configs, batch_size, {key: least_bytes(m, images, dtype) for key, m in models.items()}),
+        **figures(
+            measured,
+            configs,
+            batch_size,
+            {key: least_bytes(model, images, dtype) for key, model in models.items()},
+            {key: LinearLayers(model).macs for key, model in models.items()},
+        ),
         "left_out": left_out,
         "measured": {key: asdict(one) for key, one in measured.items()},
     }
@@ -170,7 +179,9 @@ def measure(
 def prepare_all(
     models: Mapping[str, nn.Module], images: Tensor, *, runtimes: Sequence[str], dtype: str, device: torch.device
 ) -> tuple[dict[str, PreparedModel], dict[str, str]]:
-    """Every model behind every runtime and as the eager reference, called once, by ``name@runtime``.
+    """Every model behind every runtime, as the eager reference and as its linear layers, called once.
+
+    Keys are ``name@runtime``.
 
     Returns:
         What runs; and why the rest does not.
@@ -178,10 +189,12 @@ def prepare_all(
     ready: dict[str, PreparedModel] = {}
     left_out: dict[str, str] = {}
     makers: dict[str, Callable[[], PreparedModel]] = {}
+    packing = "compile" if "compile" in runtimes else runtimes[0]  # Packs weights, which products alone profit from.
     for key, model in models.items():
         makers |= {f"{key}@{name}": partial(prepared_model, model, name, dtype, device) for name in runtimes}
         if key in REFERENCED:
             makers[f"{key}@{EAGER_REFERENCE}"] = partial(_reference, model)
+        makers[f"{key}@{LINEARS}"] = partial(prepared_model, LinearLayers(model), packing, dtype, device)
     with measuring(device):
         images = images.to(device=device, dtype=DTYPES[dtype])
         for number, (key, make) in enumerate(makers.items()):
@@ -216,8 +229,14 @@ def figures(
     configs: Mapping[str, PruneConfig],
     batch_size: int,
     num_bytes: Mapping[str, int],
+    linear_macs: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What is claimed, from the latencies by ``name@runtime``; roofline and bandwidth where a copy was measured."""
+    """What is claimed, from the latencies by ``name@runtime``; roofline and bandwidth where a copy was measured.
+
+    Args:
+        num_bytes: Of each model, the least that must cross the memory.
+        linear_macs: Of each model's linear layers, for one image.
+    """
     sizes = {key: int(key.partition("@")[2]) for key in measured if key.startswith("matmul@")}
     peak = max(2 * size**3 / measured[key].median_ms / 1e6 for key, size in sizes.items())  # GFLOP/s
     # A copy reads and writes.
@@ -243,6 +262,9 @@ def figures(
         if bandwidth is not None:
             least_ms = roofline_ms(macs * batch_size, num_bytes[key], peak_gflops=peak, gigabytes_per_s=bandwidth)
             row |= {"roofline_ms": least_ms, "of_roofline": least_ms / best.median_ms}
+        if measured.keys() >= {f"{DENSE}@{LINEARS}", f"{key}@{LINEARS}"}:
+            faster = measured[f"{DENSE}@{LINEARS}"].median_ms / measured[f"{key}@{LINEARS}"].median_ms
+            row["linears"] = faster / (linear_macs[DENSE] / linear_macs[key])
         if f"{key}@{EAGER_REFERENCE}" in measured:
             row["over_reference"] = measured[f"{key}@{EAGER_REFERENCE}"].median_ms / best.median_ms
         rows[key] = row
@@ -255,8 +277,8 @@ def figures(
 
 
 def _fastest(measured: Mapping[str, Measurement], key: str) -> str | None:
-    own = [name for name in measured if name.startswith(f"{key}@") and not name.endswith(EAGER_REFERENCE)]
-    return min(own, key=lambda name: measured[name].median_ms, default=None)
+    runners = [f"{key}@{name}" for name in RUNTIMES]
+    return min((name for name in runners if name in measured), key=lambda name: measured[name].median_ms, default=None)
 
 
 def table(run: dict[str, Any]) -> str:
@@ -269,16 +291,17 @@ def table(run: dict[str, Any]) -> str:
         + f"load before {run['load_before']}, {run['num_noisy']} noisy, {run['seconds']:.0f} s"
         + (f"; claimed conversion {claimed}" if claimed else ""),
         f"  {'':12} {'runtime':12} {'ms':>9} {'IQR':>6} {'images/s':>9} {'MACs':>7} {'speed-up':>8} {'convers.':>8} "
-        f"{'of peak':>7} {'of roof':>7} {'over ref':>8} {'MiB':>6}",
+        f"{'linears':>7} {'of peak':>7} {'of roof':>7} {'over ref':>8} {'MiB':>6}",
     ]
     for key, row in run["rows"].items():
         over = f"{row['over_reference']:.2f}" if "over_reference" in row else ""
+        linears = f"{row['linears']:.3f}" if "linears" in row else ""
         roof = f"{row['of_roofline']:.2f}" if "of_roofline" in row else ""
         memory = "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}"
         lines.append(
             f"  {key:12} {row['runtime']:12} {row['ms']:9.2f} {row['iqr_ms'] / row['ms']:6.1%} "
             f"{row['images_per_s']:9.1f} {row['macs'] / 1e9:6.2f}G {row['speedup']:8.3f} {row['conversion']:8.3f} "
-            f"{row['of_peak']:7.2f} {roof:>7} {over:>8} {memory:>6}"
+            f"{linears:>7} {row['of_peak']:7.2f} {roof:>7} {over:>8} {memory:>6}"
         )
     reasons: dict[tuple[str, str], list[str]] = {}
     for subject, reason in run["left_out"].items():
@@ -286,6 +309,44 @@ def table(run: dict[str, Any]) -> str:
         reasons.setdefault((runtime, reason), []).append(key)
     lines += [f"  left out: {runtime} of {', '.join(keys)}: {reason}" for (runtime, reason), keys in reasons.items()]
     return "\n".join(lines)
+
+
+class LinearLayers(nn.Module):
+    """The linear layers of a model's blocks, with norms and activations, at its token counts; no attention.
+
+    Every token keeps its values, and reductions cut tokens off.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.blocks = model.blocks
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        plan = getattr(model, "_blocks_plan", None)
+        self.counts = [(tokens, tokens)] * len(self.blocks)
+        if plan is not None:
+            self.counts = [(block.tokens_in, block.tokens_out) for block in plan]
+        values = torch.randn(tokens, model.embed_dim, generator=torch.Generator().manual_seed(0))
+        self.tokens = nn.Buffer(values.to(next(model.parameters())))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.tokens + images[:, 0, 0, :1, None]  # Of the images: constants would be computed while compiling.
+        for module, (attended, left) in zip(self.blocks, self.counts, strict=True):
+            block: Any = module
+            x = x[:, :attended]
+            values = block.attn.qkv(block.norm1(x))[..., -x.shape[-1] :]
+            x = (x + block.attn.proj(values))[:, :left]
+            x = x + block.mlp(block.norm2(x))
+        return x
+
+    @property
+    def macs(self) -> int:
+        """Of one image."""
+        total = 0
+        for module, (attended, left) in zip(self.blocks, self.counts, strict=True):
+            block: Any = module
+            total += attended * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel())
+            total += left * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+        return total
 
 
 class _Product:
