@@ -121,8 +121,8 @@ def export_part(
     """
     if dtype == "bf16":
         raise ConfigError(
-            "ONNX Runtime cannot run bf16 models on a CPU, so such a file could not be checked. Export fp32 or fp16 "
-            "and let the engine convert (trtexec --bf16), or write a torch.export program."
+            "ONNX Runtime cannot run bf16 models on a CPU, so such a file could not be checked. Export fp32 and let "
+            "the engine convert (trtexec --bf16 of TensorRT 10), or write a torch.export program."
         )
     if opset < LEAST_OPSET:
         raise ConfigError(f"The ONNX opset must be {LEAST_OPSET} or later, but got {opset}. {DEFAULT_OPSET} is usual.")

@@ -16,8 +16,7 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, create_trial
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from prunefront.config import PruneConfig
 from prunefront.errors import ConfigError, PrunefrontError
@@ -26,6 +25,7 @@ from search.documents import SearchJob
 from search.pareto import evaluation_of, measurement_of
 from search.space import distributions_of, nearest_params
 from store.records import CandidateRecord, JobRecord
+from store.urls import mask_passwords, show_url, split_url
 
 VALUES = ("top1", "predicted_ms")  # the first is maximised, the second minimised
 TESTED = ("evaluated", "finetuned")
@@ -59,6 +59,7 @@ def export_study(
 
     Raises:
         ConfigError: If the job is no search.
+        StoreError: If ``storage`` is not the URL of a database.
         ExportError: If nothing is evaluated yet, the name is taken, or the storage cannot be used.
     """
     if job.kind != "search":
@@ -156,12 +157,11 @@ def _open_storage(url: str, name: str) -> Iterator[RDBStorage]:
     """An Optuna storage for the length of a block; what goes wrong with it becomes one sentence.
 
     Raises:
+        StoreError: If ``url`` is none.
         ExportError: If it cannot be used, or has a study of that name.
     """
-    try:
-        shown = make_url(url).render_as_string(hide_password=True)
-    except ArgumentError as error:
-        raise ExportError("A storage is given by its URL, such as sqlite:///study.db.") from error
+    parsed = split_url(url, "Expected a storage URL such as sqlite:///study.db")
+    shown = show_url(parsed)
     backend: RDBStorage | None = None
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -170,7 +170,8 @@ def _open_storage(url: str, name: str) -> Iterator[RDBStorage]:
     except DuplicatedStudyError as error:
         raise ExportError(f"{shown} has a study {name!r} already; choose another name, or another storage.") from error
     except (OptunaError, SQLAlchemyError, ImportError) as error:
-        raise ExportError(f"The study cannot be written to {shown}: {_reason(error)}.") from error
+        reason = mask_passwords(_reason(error), parsed)
+        raise ExportError(f"The study cannot be written to {shown}: {reason}.") from error
     finally:
         if backend is not None:
             backend.remove_session()

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunefront.files import write_atomic
+from prunefront.plot_labels import number_points
 from search.documents import Front, FrontPoint
 
 # Okabe-Ito colours: told apart also by people who see few colours.
@@ -52,17 +53,6 @@ def draw_front(front: Front) -> Figure:
     lowest = 0.0 if front.dense is None else front.dense.top1 - SHOWN_LOSS
     # A mark may stand on the front as well.
     hidden = len({p.trial for p in (*front.marks, *points) if p.top1 < lowest})
-    for mark in front.marks:
-        if mark.top1 < lowest:
-            continue
-        axes.annotate(
-            mark.label.removesuffix(" (transferred)"),
-            (mark.measured_ms, 100 * mark.top1),
-            xytext=(5, -9),
-            textcoords="offset points",
-            fontsize=7,
-            color="#555555",
-        )
     if front.dense is not None:
         _draw(axes, [front.dense], DENSE_COLOUR, "D", "dense")
         dense_ms = front.dense.measured_ms
@@ -84,6 +74,13 @@ def draw_front(front: Front) -> Figure:
         axes.legend(loc="lower right", fontsize=8)
     else:
         axes.text(0.5, 0.5, "nothing is measured yet", transform=axes.transAxes, ha="center", color="#555555")
+    shown = [mark for mark in front.marks if mark.top1 >= lowest]
+    others = [*points, *([front.dense] if front.dense else [])]
+    number_points(
+        axes,
+        [(mark.label.removesuffix(" (transferred)"), mark.measured_ms, 100 * mark.top1) for mark in shown],
+        [(point.measured_ms, 100 * point.top1) for point in others],
+    )
     return figure
 
 

@@ -31,7 +31,8 @@ class StorageSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
 
     data_dir: Path = Field(default_factory=default_data_dir, description="Database, checkpoints, results and logs.")
-    database_url: str = Field(default="", description="Empty is SQLite in data_dir.")
+    # It may hold a password.
+    database_url: str = Field(default="", repr=False, description="Empty is SQLite in data_dir.")
 
     @model_validator(mode="after")
     def _complete(self) -> StorageSettings:

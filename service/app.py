@@ -6,12 +6,13 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from service import problems
+from service.deps import refuse_unknown_parameters
 from service.metrics import Metrics, RequestMeter
 from service.routes import catalog, devices, events, fronts, health, jobs, pages, tables, trials
 from service.security import Gatekeeper
@@ -33,8 +34,8 @@ API_ROUTERS: tuple[APIRouter, ...] = (
 DESCRIPTION = """Find token schedules for Vision Transformers that are faster on your device.
 
 Submit a job, watch it, fetch its front and the best config. Jobs name registered ids, never paths or URLs. Ratios are
-0-1, latencies are milliseconds per forward pass of a batch. Every refusal is a problem document (RFC 9457) with a
-stable `code` and one sentence in `detail`."""
+0-1, latencies are milliseconds per forward pass of a batch. Query parameters that an operation does not list are
+refused with 422. Every refusal is a problem document (RFC 9457) with a stable `code` and one sentence in `detail`."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -75,9 +76,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = metrics
     app.state.is_stopping = threading.Event()
     problems.install(app)
+    strict = [Depends(refuse_unknown_parameters)]
     for router in API_ROUTERS:
-        app.include_router(router, prefix=API_PREFIX, responses=problems.RESPONSES)
-    app.include_router(health.router, responses=problems.RESPONSES)
+        app.include_router(router, prefix=API_PREFIX, responses=problems.RESPONSES, dependencies=strict)
+    app.include_router(health.router, responses=problems.RESPONSES, dependencies=strict)
+    # The page and its files read no parameters; links to them may carry what others append.
     app.include_router(pages.router, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC_DIR), name="static")
     return app

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, cast
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Path, Query, Request, params
+from fastapi.dependencies.utils import get_flat_params
 
+from service.problems import FieldProblem, Problem
 from service.settings import Settings
 from store import CandidateRecord, JobRecord, Store
 
@@ -44,3 +46,32 @@ def get_trial(job: JobDep, number: TrialNumber, store: StoreDep) -> CandidateRec
 
 
 TrialDep = Annotated[CandidateRecord, Depends(get_trial)]
+
+
+async def refuse_unknown_parameters(request: Request) -> None:
+    """Refuse a query that names what the matched route does not take: a misspelt filter would list everything.
+
+    Raises:
+        Problem: If it does; the sentence names those parameters and the ones that the route takes.
+    """
+    # What the OpenAPI document lists comes from the same declarations.
+    declared = get_flat_params(request.scope["route"].dependant)
+    known = sorted(field.alias for field in declared if isinstance(field.field_info, params.Query))
+    unknown = [name for name in dict.fromkeys(request.query_params) if name not in known]
+    if not unknown:
+        return
+    names = " or ".join(repr(name) for name in unknown)
+    advice = f"use {', '.join(known)}, or leave it out" if known else "leave it out"
+    raise Problem(
+        422,
+        "invalid_request",
+        f"{request.method} {request.url.path} has no query parameter {names}; {advice}.",
+        errors=[
+            FieldProblem(
+                pointer=f"?{name}",
+                message="no such parameter is known; correct its name or leave it out",
+                code="extra_forbidden",
+            )
+            for name in unknown
+        ],
+    )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from prunefront.errors import FileWriteError
 from store.errors import StoreError
-from store.session import DEFAULT_BUSY_TIMEOUT_S, describe, parse_url, translated_errors
+from store.session import DEFAULT_BUSY_TIMEOUT_S, translated_errors
+from store.urls import describe, parse_url
 
 logger = logging.getLogger(__name__)
 

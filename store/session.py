@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, select
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from store.errors import ConflictError, DocumentError, StoreError, StoreLockedError, StoreUnavailableError
 from store.models import UtcDateTime
+from store.urls import describe, mask_passwords
 
 logger = logging.getLogger(__name__)
 
@@ -43,40 +43,6 @@ _WRITES = "prunefront_writes"
 # Extended SQLite codes carry the primary one in the low byte.
 _SQLITE_PRIMARY_CODE = 0xFF
 _UNIQUE_VIOLATION = "23505"
-
-
-def parse_url(url: str) -> URL:
-    """Read a database URL and name its driver.
-
-    Raises:
-        StoreError: If it is not a URL of a SQLite file or of a Postgres server.
-    """
-    expected = "Expected a database URL such as sqlite:////var/lib/prunefront/store.db or postgresql://user@host/name"
-    try:
-        parsed = make_url(url)
-    except (sa_exc.ArgumentError, ValueError) as e:
-        # The text itself stays out of the message: what does not parse may still hold a password.
-        raise StoreError(f"{expected}, got text that is not a URL. Correct the database URL.") from e
-    backend = parsed.drivername.split("+")[0]
-    if backend in ("postgresql", "postgres"):
-        return parsed.set(drivername="postgresql+psycopg")
-    if backend != "sqlite":
-        raise StoreError(f"{expected}, got one of {backend!r}. Use SQLite or Postgres.")
-    if parsed.host:
-        raise StoreError(f"{expected}, got SQLite with a host. Write three slashes and then the path.")
-    if parsed.database in (None, "", ":memory:"):
-        raise StoreError(f"{expected}, got SQLite without a file. Name a file: API and controller share it.")
-    # SQLAlchemy 2.0 takes %XX in a file name as it stands, 2.1 decodes it.
-    path = unquote(url.partition(":///")[2].partition("?")[0])
-    return parsed.set(drivername="sqlite+pysqlite", database=path)
-
-
-def describe(url: URL) -> str:
-    """Name the database for people: the file, or user, host, port and name; never the password."""
-    if url.get_backend_name() == "sqlite":
-        return str(url.database)
-    host = url.host or str(url.query.get("host", "localhost"))
-    return f"{host}:{url.port or 5432}/{url.database or url.username or ''}"
 
 
 def file_system_of(path: Path, mounts_file: Path = MOUNTS_FILE) -> str | None:
@@ -127,7 +93,7 @@ def build_engine(url: URL, *, busy_timeout_s: float = DEFAULT_BUSY_TIMEOUT_S, fo
     """Create the engine; nothing connects yet.
 
     Args:
-        url: From :func:`parse_url`.
+        url: From :func:`store.urls.parse_url`.
         busy_timeout_s: How long a transaction waits for another process.
         for_migration: Without foreign key enforcement (SQLite rebuilds tables by dropping them) and time limits.
     """
@@ -332,9 +298,7 @@ def _translate_sqlite(error: sqlite3.Error, url: URL) -> StoreError:
 def _translate_postgres(error: sa_exc.StatementError, url: URL) -> StoreError:
     where = describe(url)
     state = getattr(error.orig, "sqlstate", None) or ""
-    reason = _first_line(error.orig or error)
-    if url.password:
-        reason = reason.replace(str(url.password), "***")
+    reason = mask_passwords(_first_line(error.orig or error), url)
     if state in ("57014", "55P03", "40001", "40P01"):
         return StoreLockedError(
             f"Expected an answer from the database {where}, but another transaction held it too long ({reason}). "

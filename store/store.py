@@ -10,16 +10,9 @@ from store.candidates import CandidateStore
 from store.errors import StoreSchemaError
 from store.jobs import DEFAULT_MAX_TIMES_LOST, JobStore
 from store.migrations import check_schema, upgrade
-from store.session import (
-    DEFAULT_BUSY_TIMEOUT_S,
-    MOUNTS_FILE,
-    Clock,
-    Database,
-    describe,
-    parse_url,
-    prepare_sqlite_file,
-)
+from store.session import DEFAULT_BUSY_TIMEOUT_S, MOUNTS_FILE, Clock, Database, prepare_sqlite_file
 from store.tables import TableStore
+from store.urls import describe, parse_url
 
 
 class Store(JobStore, CandidateStore, TableStore):

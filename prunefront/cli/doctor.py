@@ -148,7 +148,7 @@ def _check_data_folder() -> Iterator[Check]:
 def _check_database() -> Iterator[Check]:
     from service.settings import Settings
     from store import open_store
-    from store.session import describe, parse_url
+    from store.urls import describe, parse_url
 
     url = parse_url(Settings.read().database_url)
     if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():

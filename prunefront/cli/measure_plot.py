@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunefront.files import write_atomic
+from prunefront.plot_labels import number_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe-Ito colours, as in the pictures of fronts: told apart also by people who see few colours.
-COLOUR, DENSE_COLOUR, NOTE_COLOUR = "#0072B2", "#000000", "#555555"
+COLOUR, DENSE_COLOUR = "#0072B2", "#000000"
 DOTS_PER_INCH = 140
 
 
@@ -40,7 +41,8 @@ def draw_rows(rows: list[dict[str, Any]], title: str) -> Figure:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     colours = [COLOUR if row["config"]["sites"] else DENSE_COLOUR for row in rows]
-    if all("top1" in row for row in rows):
+    has_accuracy = all("top1" in row for row in rows)
+    if has_accuracy:
         for row, colour in zip(rows, colours, strict=True):
             low, high = row["top1_ci"]
             x, y = row["images_per_s"], 100 * row["top1"]
@@ -53,13 +55,6 @@ def draw_rows(rows: list[dict[str, Any]], title: str) -> Figure:
                 elinewidth=0.8,
                 markersize=5,
             )
-            place: dict[str, Any] = {
-                "xytext": (5, -9),
-                "textcoords": "offset points",
-                "fontsize": 7,
-                "color": NOTE_COLOUR,
-            }
-            axes.annotate(Path(row["label"]).name, (x, y), **place)
         axes.set_xlabel("images/s")
         axes.set_ylabel(f"top-1 on {rows[0]['dataset']} {rows[0]['split']}, %")
         axes.grid(alpha=0.25)
@@ -71,4 +66,6 @@ def draw_rows(rows: list[dict[str, Any]], title: str) -> Figure:
         axes.set_xlabel("measured latency, ms per batch")
         axes.grid(alpha=0.25, axis="x")
     axes.set_title(title, fontsize=11)
+    if has_accuracy:
+        number_points(axes, [(Path(row["label"]).name, row["images_per_s"], 100 * row["top1"]) for row in rows])
     return figure

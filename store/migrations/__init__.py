@@ -13,13 +13,12 @@ from store.session import (
     MOUNTS_FILE,
     Database,
     build_engine,
-    describe,
     enable_wal,
-    parse_url,
     prepare_sqlite_file,
     translated_errors,
     write_options,
 )
+from store.urls import describe, parse_url
 
 logger = logging.getLogger(__name__)
 

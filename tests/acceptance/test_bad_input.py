@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import prunefront
+from service.openapi import build_openapi
+from service.problems import MEDIA_TYPE
 from tests.acceptance.conftest import Server
 from tests.acceptance.seeding import search_body
 from tests.integration.training.image_folders import write_images
@@ -208,6 +210,54 @@ def test_body_that_is_no_json_object_is_refused(
 def test_body_over_the_limit_is_refused(server: Server, http: httpx.Client) -> None:
     answer = http.post("/jobs", content=b"x" * (server.settings.max_body_bytes + 1))
     assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    ("target", "pointers", "detail"),
+    [
+        (
+            "/jobs?stat=done&state=failed",
+            ["?stat"],
+            "GET /api/v1/jobs has no query parameter 'stat'; use cursor, kind, limit, state, or leave it out.",
+        ),
+        ("/devices?limit=5", ["?limit"], "GET /api/v1/devices has no query parameter 'limit'; leave it out."),
+        (
+            "/jobs/no/front?Device=cpu&fidelity=none&x",
+            ["?Device", "?x"],
+            "GET /api/v1/jobs/no/front has no query parameter 'Device' or 'x'; use device, fidelity, or leave it out.",
+        ),
+    ],
+)
+def test_unknown_query_parameter_is_refused_with_those_that_are_known(
+    http: httpx.Client, target: str, pointers: list[str], detail: str
+) -> None:
+    answer = http.get(target)
+    document = answer.json()
+    assert (answer.status_code, document["code"], document["detail"]) == (422, "invalid_request", detail)
+    assert [field["pointer"] for field in document["errors"]] == pointers
+
+
+def test_every_operation_refuses_query_parameters_that_its_description_does_not_list(server: Server) -> None:
+    known = {"job_id": server.search_id, "table_id": server.table_id, "number": 1}
+    operations = [
+        (method.upper(), path.format(**known), operation)
+        for path, methods in build_openapi()["paths"].items()
+        for method, operation in methods.items()
+    ]
+    assert len(operations) > 20
+    for method, path, operation in operations:
+        listed = sorted(item["name"] for item in operation.get("parameters", []) if item["in"] == "query")
+        answer = httpx.request(method, server.url + path, params={"bogus": "1"})
+        assert (answer.status_code, answer.headers["content-type"]) == (422, MEDIA_TYPE), (method, path, answer.text)
+        rest = f"use {', '.join(listed)}, or leave it out." if listed else "leave it out."
+        assert answer.json()["detail"] == f"{method} {path} has no query parameter 'bogus'; {rest}"
+    # Nothing was done on the way: what DELETE named is still there.
+    assert httpx.get(f"{server.api}/jobs/{server.search_id}").status_code == 200
+
+
+def test_addresses_of_the_page_and_its_files_may_carry_what_others_append(server: Server) -> None:
+    for path in ("/?utm_source=mail", f"/jobs/{server.search_id}?x=1", "/static/style.css?v=2"):
+        assert httpx.get(server.url + path).status_code == 200
 
 
 def test_unknown_path_and_method_are_problem_documents(server: Server, http: httpx.Client) -> None:

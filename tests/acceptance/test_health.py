@@ -10,7 +10,9 @@ import pytest
 
 from service.app import create_app
 from service.settings import Settings
-from store import StoreError
+from store import Store, StoreError
+from store.session import Database
+from store.urls import parse_url
 from tests.acceptance.conftest import Server
 
 
@@ -50,6 +52,22 @@ def test_name_of_a_job_cannot_inject_markup(server: Server) -> None:
     page = httpx.get(f"{server.url}/jobs/{job.id}", headers={"Accept": "text/html"}).text
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
     server.store.delete_job(job.id)
+
+
+def test_a_database_that_went_away_is_told_without_its_password(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(Settings(data_dir=tmp_path, database_url=""))
+    app.state.store = Store(Database(parse_url("postgresql://me:hunter2@127.0.0.1:1/x")))
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.get("/readyz")
+
+    answer = anyio.run(ask)
+    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+    assert "127.0.0.1:1/x" in answer.json()["detail"] and "127.0.0.1:1/x" in caplog.text
+    assert "hunter2" not in answer.text + caplog.text
 
 
 def test_application_does_not_start_without_its_database(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from latency_tables.schema import load_table
 from prunefront.cli.app import app, run
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,51 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile(block, "README.md", "exec"), names)
 
     assert names["model"].prune_config == names["config"]
+
+
+# What the tools write, by their sources: trtexec's --exportTimes (sampleReporting.cpp, TensorRT 10 and 11), and the
+# result file of onnxruntime_perf_test (performance_runner.cc) with the statistics that its option -s adds.
+TRTEXEC = """[
+  { "startEnqMs" : 1.0, "endEnqMs" : 1.1, "startH2dMs" : 1.1, "endH2dMs" : 1.1, "startComputeMs" : 1.1
+, "endComputeMs" : 1.35, "startD2hMs" : 1.4, "endD2hMs" : 1.4, "h2dMs" : 0, "computeMs" : 0.25, "d2hMs" : 0
+, "latencyMs" : 0.25 }
+, { "computeMs" : 0.5, "latencyMs" : 0.5 }
+, { "computeMs" : 1.25, "latencyMs" : 1.25 }
+]
+"""
+PERF_TEST = """parts,0.0005,21790720,97,0
+parts,0.00125,21790720,97,1
+parts,0.00025,21790720,97,2
+
+Min Latency: 0.00025 s
+P50 Latency: 0.0005 s
+"""
+
+
+@pytest.mark.parametrize(("suffix", "written"), [("json", TRTEXEC), ("txt", PERF_TEST)])
+def test_the_python_that_fills_a_table_in_reads_what_the_tools_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, written: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "entries.csv").write_text(
+        "entry,tokens_in,tokens_out,batch_size,median_ms,iqr_ms,samples\n"
+        "attention,197,197,1,,,\nmlp,197,197,1,,,\nblock.evit.fuse,197,139,1,,,\n"
+    )
+    for part in ("attention-197-197", "mlp-197-197", "block.evit.fuse-197-139"):
+        (parts / f"{part}.{suffix}").write_text(written)
+    page = (ROOT / "docs" / "how-to-build-a-table.md").read_text()
+    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S) if "csv" in block]
+
+    exec(compile(code, "how-to-build-a-table.md", "exec"), {})
+
+    line = "import parts/entries.csv --model deit_small_patch16_224 --device-name x --runtime tensorrt --out table.json"
+    assert run(["table", *line.split()]) == 0
+    table = load_table(tmp_path / "table.json")
+    # Quartiles of 0.25, 0.5 and 1.25 ms.
+    assert {(entry.median_ms, entry.iqr_ms, entry.samples) for entry in table.entries} == {(0.5, 1.0, 3)}
+    assert len(table.entries) == 3
 
 
 def test_fields_that_the_migration_page_sets_are_the_recipes() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +514,35 @@ def test_doctor_names_a_database_that_does_not_answer(
     shown = capfd.readouterr()
     assert "127.0.0.1:1/nothing" in shown.out
     assert shown.err == "Error: 1 problem(s): database.\n"
+
+
+@pytest.mark.parametrize("line", [
+    "doctor", "db upgrade", "db backup copy.db", "serve --port 0 --no-controller", "controller",
+    "jobs export-study 1 --storage sqlite:///study.db",
+])  # fmt: skip
+@pytest.mark.parametrize("url", [
+    "postgresql://me:hunter2@127.0.0.1:1/x", "postgresql://127.0.0.1:1/x?user=me&password=hunter2",
+    "postgresql://me:my@hunter2@127.0.0.1:1/x", "postgresql://me:hunter2", "mysql://me:hunter2@127.0.0.1:1/x",
+])  # fmt: skip
+def test_no_command_shows_the_password_of_the_database(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    line: str,
+    url: str,
+) -> None:
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("PRUNEFRONT_DATABASE_URL", url)
+    # The controller is a program of its own, which here runs in the process of the tests.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    try:
+        status: object = run(line.split())
+    except SystemExit as end:  # the controller's: a sentence
+        status = end.code
+    shown = capfd.readouterr()
+    assert status
+    assert "hunter2" not in f"{status} {shown.out} {shown.err} {caplog.text}"
 
 
 def test_the_database_is_made_and_copied(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_the_picture_has_a_point_per_model_or_a_bar() -> None:
     (bars,) = draw_rows([row("dense", sites=[]), row("a.json", sites=[{}])], "cpu").axes
 
     assert (points.get_xlabel(), points.get_ylabel()) == ("images/s", "top-1 on d test, %")
-    assert [text.get_text() for text in points.texts] == ["dense", "a.json"]
+    assert [text.get_text() for text in points.texts] == ["\u20071  dense\n\u20072  a.json", "1", "2"]
     assert [line.get_xydata().tolist() for line in points.lines] == [[[1000.0, 80.0]]] * 2
     assert [patch.get_width() for patch in bars.patches] == [8.0, 8.0]
     assert bars.get_xlabel() == "measured latency, ms per batch"

@@ -178,6 +178,9 @@ def test_a_name_that_is_taken_is_refused_and_its_study_stays(store, database_url
         ("study.db", "such as sqlite:///study.db"),
         ("sqlite:////proc/nowhere/study.db", "cannot be written to sqlite:////proc/nowhere/study.db: unable to open"),
         ("nonsense://me:hunter2@here/study", "cannot be written to nonsense://me:***@here/study"),
+        ("nonsense://here/study?password=hunter2", "cannot be written to nonsense://here/study:"),
+        ("nonsense://me:hunter2", "such as sqlite:///study.db"),
+        ("nonsense://me:my@hunter2@here/study", "Write %40"),
     ],
 )
 def test_a_storage_that_cannot_be_used_is_told_in_one_sentence(store, database_url, job, url, words, capfd):

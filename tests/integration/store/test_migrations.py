@@ -17,7 +17,7 @@ import store.migrations
 from store import StoreSchemaError, open_store, upgrade
 from store.migrations import REVISIONS, VERSION_TABLE
 from store.models import Base
-from store.session import parse_url
+from store.urls import parse_url
 from tests.integration.store.writes import propose, start
 
 # Makes SQLite rebuild the table that all others refer to.

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from prunefront.errors import FileWriteError
 from search.documents import Front
@@ -52,7 +53,8 @@ def test_points_marks_and_dense_stand_where_they_were_measured() -> None:
         "dense": [(100.0, 95.0)],
     }
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(drawn(axes))
-    assert texts(axes) == ["EViT 0.7", "dense at 32 px"]
+    # The fastest mark is number 1.
+    assert texts(axes) == ["\u20071  dense at 32 px\n\u20072  EViT 0.7", "1", "2"]
 
 
 def test_error_bars_are_the_interval_and_the_spread() -> None:
@@ -90,6 +92,51 @@ def test_a_front_without_its_dense_model_shows_all_points_and_no_speedup() -> No
     assert drawn(axes) == {"front": [(20.0, 40.0), (60.0, 94.0)]}
     assert axes.get_ylim()[0] < 40.0
     assert not axes.child_axes
+
+
+CLOSE_MS = {
+    "twelve side by side": [70 + 0.5 * index for index in range(12)],
+    "twelve on one spot": [70.0] * 12,
+    "twelve at the edge": [30 + 0.01 * index for index in range(12)],
+}
+
+
+@pytest.mark.parametrize("case", CLOSE_MS)
+def test_numbers_of_close_points_cover_neither_each_other_nor_a_point(case: str) -> None:
+    marks = [
+        replace(
+            candidate(number, [evaluation(0.95 - 0.001 * number)], [measured(ms)], origin="published"), label=f"n{ms}"
+        )
+        for number, ms in enumerate(CLOSE_MS[case], 1)
+    ]
+    figure = draw_front(front_of(FASTER, *marks))
+    figure.set_dpi(140)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    names, *numbers = axes.texts
+    assert [number.get_text() for number in numbers] == [str(index) for index in range(1, 13)]
+    assert len(names.get_text().splitlines()) == 12
+
+    boxes = [Text.get_window_extent(number) for number in numbers]
+    places = [axes.transData.transform(place) for points in drawn(axes).values() for place in points]
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        assert not any(box.contains(x, y) for x, y in places)
+        assert axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+        assert not box.overlaps(axes.get_legend().get_window_extent())
+
+
+def test_a_long_list_of_long_names_leaves_room_for_the_points(tmp_path: Path) -> None:
+    marks = [
+        replace(
+            candidate(number, [evaluation(0.9)], [measured(50 + number)], origin="published"), label=f"{number}" * 40
+        )
+        for number in range(1, 51)
+    ]
+    figure = draw_front(front_of(*marks))
+    plot_front(front_of(*marks), tmp_path / "front.png")
+    (axes,) = figure.axes
+    assert axes.bbox.width > 0.6 * figure.bbox.width and axes.bbox.height > 0.6 * figure.bbox.height
 
 
 @pytest.mark.parametrize("front", [EMPTY, build_front(job_record(), [candidate(0, origin="dense")])])

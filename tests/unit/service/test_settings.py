@@ -9,7 +9,7 @@ import pytest
 from prunefront.errors import ConfigError
 from search.settings import ControllerSettings, default_data_dir
 from service.settings import Settings, is_loopback
-from store.session import describe, parse_url
+from store.urls import describe, parse_url
 
 
 def settings(**given: object) -> Settings:
@@ -19,6 +19,12 @@ def settings(**given: object) -> Settings:
 def test_database_is_sqlite_in_the_data_folder_unless_named() -> None:
     assert settings().database_url == "sqlite:////data/prunefront.sqlite3"
     assert settings(database_url="postgresql://db/x").database_url == "postgresql://db/x"
+
+
+@pytest.mark.parametrize("kind", [Settings, ControllerSettings])
+def test_settings_are_shown_without_the_database_url(kind: type[Settings] | type[ControllerSettings]) -> None:
+    shown = kind.model_validate({"data_dir": "/data", "database_url": "postgresql://u:hunter2@db/x"})
+    assert "hunter2" not in f"{shown!r} {shown}" and "/data" in repr(shown)
 
 
 @pytest.mark.parametrize("folder", ["/we ird", "/50%20 ü", "/wh?t#", "/a@b:c"])

@@ -1,4 +1,4 @@
-"""What can be said about a database before connecting to it."""
+"""What the store refuses before it asks a database."""
 
 from __future__ import annotations
 
@@ -6,58 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from store import DocumentError, InvalidCursorError, StoreError
+from store import DocumentError, InvalidCursorError
 from store.jobs import decode_cursor, encode_cursor, page_size
 from store.models import check_document, is_storable_text
-from store.session import describe, parse_url
-
-
-@pytest.mark.parametrize(
-    ("url", "driver"),
-    [
-        ("sqlite:////srv/store.db", "sqlite+pysqlite"),
-        ("sqlite:///store.db", "sqlite+pysqlite"),
-        ("postgresql://u:p@db/prunefront", "postgresql+psycopg"),
-        ("postgres://u:p@db/prunefront", "postgresql+psycopg"),
-        ("postgresql+psycopg2://u:p@db/prunefront", "postgresql+psycopg"),
-    ],
-)
-def test_urls_get_the_driver_that_is_installed(url: str, driver: str) -> None:
-    assert parse_url(url).drivername == driver
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "store.db",
-        "sqlite://",
-        "sqlite://srv/store.db",
-        "sqlite:///:memory:",
-        "mysql://u:hunter2@db/x",
-        "postgresql://u:hunter2@db:port/x",
-    ],
-)
-def test_other_urls_are_refused_without_repeating_secrets(url: str) -> None:
-    with pytest.raises(StoreError, match="Expected a database URL such as") as caught:
-        parse_url(url)
-    assert "hunter2" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("url", "text"),
-    [
-        ("sqlite:////srv/store.db", "/srv/store.db"),
-        ("sqlite:///store.db", "store.db"),
-        ("sqlite:////srv/wh%3Ft%2520 ü.db", "/srv/wh?t%20 ü.db"),
-        ("postgresql://u:hunter2@db/prunefront", "db:5432/prunefront"),
-        ("postgresql://u:hunter2@db:6543/prunefront", "db:6543/prunefront"),
-        ("postgresql://u:hunter2@/prunefront?host=/run/pg", "/run/pg:5432/prunefront"),
-        ("postgresql://u@/", "localhost:5432/u"),
-    ],
-)
-def test_a_database_is_described_without_its_password(url: str, text: str) -> None:
-    assert describe(parse_url(url)) == text
 
 
 @pytest.mark.parametrize("seq", [0, 1, 10**9, 2**63 - 1])
