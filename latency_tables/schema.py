@@ -29,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 TABLE_FORMAT: Final = "prunefront/latency-table/1"
+MAX_DENSE_DRIFT = 0.1  # Of a validation whose latencies tell of the table, not of the machine.
 MAX_CANARY_DRIFT = 0.25  # Of a table to trust: its runs are brought to one speed, as if all parts changed theirs alike.
 
 # What a table may be of: what can be measured here, and what can be imported.
@@ -136,6 +137,13 @@ class ValidationReport(StrictModel):
         default=None,
         description="The same for the speed-up over the dense model of the same run, which drift does not move.",
     )
+    speedup_within_5_percent: float | None = None
+    speedup_within_10_percent: float | None = None
+    speedup_kendall_tau: float | None = None
+    dense_drift: float | None = Field(
+        default=None,
+        description="How far the machine's speed moved: range over median of the dense model's latency over the runs.",
+    )
     memory_mape: float | None = Field(
         default=None, description="Mean absolute relative error of peak memory; null where it is not told."
     )
@@ -150,6 +158,11 @@ class ValidationReport(StrictModel):
     device: DeviceInfo
     created_at: datetime
     points: tuple[ValidationPoint, ...]
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the machine kept about its speed; otherwise only the figures of speed-ups tell of the table."""
+        return self.dense_drift is None or self.dense_drift <= MAX_DENSE_DRIFT
 
 
 class LatencyTable(StrictModel):

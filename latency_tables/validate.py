@@ -10,9 +10,10 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from latency_tables.device import describe_device, torch_device
+from latency_tables.device import DeviceInfo, describe_device, torch_device
 from latency_tables.errors import ExceedsMemoryError, LatencyTableError
 from latency_tables.foreign_cpu import CpuWatch, Patience
 from latency_tables.measure import (
@@ -116,8 +117,7 @@ def validate_table(
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn((table.batch_size, geometry.in_chans, *geometry.img_size), generator=generator)
 
-    def measure(start: int, chosen: Sequence[PruneConfig]) -> list[tuple[ValidationPoint, float]]:
-        """Points, and the latency of the dense model in their run."""
+    def measure(start: int, chosen: Sequence[PruneConfig]) -> list[ValidationPoint]:
         models: dict[str, nn.Module] = {DENSE: dense}
         models |= {str(number): compress(dense, config) for number, config in enumerate(chosen)}
         measured = measure_models(
@@ -136,16 +136,14 @@ def validate_table(
             should_stop=should_stop,
         )
         dense_ms = measured[DENSE].median_ms
-        return [
-            (_point(table, config, measured[str(number)], dense_ms), dense_ms) for number, config in enumerate(chosen)
-        ]
+        return [_point(table, config, measured[str(number)], dense_ms) for number, config in enumerate(chosen)]
 
-    found: list[tuple[ValidationPoint, float]] = []
+    points: list[ValidationPoint] = []
     for start in range(0, len(configs), SCHEDULES_PER_RUN):
         chosen = configs[start : start + SCHEDULES_PER_RUN]
         together = if_it_fits(partial(measure, start, chosen), target)
         if together is not None:
-            found += together
+            points += together
             continue
         # Beside nine others there may be no room for a model that fits by itself.
         for number, config in enumerate(chosen, start):
@@ -156,32 +154,62 @@ def validate_table(
                     number + 1, len(configs), table.batch_size, info.name,
                     extra={"action": "validate_table", "config": config.to_dict()},
                 )  # fmt: skip
-            found += alone or []
-    if not found:
+            points += alone or []
+    if not points:
         raise ExceedsMemoryError(
             f"None of {len(configs)} held-out schedules of {spec.name!r} fits into memory at batch size "
             f"{table.batch_size} on {info.name}. Close what else uses it, or validate a table of a smaller batch size."
         )
-    points = [point for point, _ in found]
-    dense_ms = [ms for _, ms in found]
-    dense_predicted_ms = predict_latency_ms(table, PruneConfig(model=spec, method="hybrid"))
-    speedup_errors = [
-        (point.predicted_ms / dense_predicted_ms) / (point.measured_ms / dense) - 1.0
-        for point, dense in zip(points, dense_ms, strict=True)
-    ]
+    report = report_of(
+        points,
+        dense_predicted_ms=predict_latency_ms(table, PruneConfig(model=spec, method="hybrid")),
+        seed=seed,
+        device=info,
+        created_at=datetime.now(UTC),
+    )
+    if not report.is_steady:
+        logger.warning(
+            "The machine's speed moved by %.0f%% during the validation: its error (%.1f%%) is in part the machine's; "
+            "that of speed-ups (%.1f%%) is the table's",
+            100 * (report.dense_drift or 0.0), 100 * report.mape, 100 * (report.speedup_mape or 0.0),
+            extra={"action": "validate_table", "dense_drift": report.dense_drift},
+        )  # fmt: skip
+    return report
+
+
+def report_of(
+    points: Sequence[ValidationPoint], *, dense_predicted_ms: float, seed: int, device: DeviceInfo, created_at: datetime
+) -> ValidationReport:
+    """All figures of measured points, which tell the dense model's latency in their runs.
+
+    Args:
+        points: At least one.
+        dense_predicted_ms: Of the table.
+        seed: Drew the schedules.
+        device: They were measured on.
+        created_at: When.
+    """
+    dense_ms = np.array([point.dense_ms for point in points], dtype=float)
+    predicted = np.array([point.predicted_ms for point in points])
+    measured = np.array([point.measured_ms for point in points])
+    of_speedups = error_figures(predicted / dense_predicted_ms, measured / dense_ms)
     return ValidationReport(
         num_schedules=len(points),
         seed=seed,
-        dense_ms=statistics.median(dense_ms),
+        dense_ms=float(np.median(dense_ms)),
         dense_predicted_ms=dense_predicted_ms,
-        speedup_mape=statistics.fmean(abs(error) for error in speedup_errors),
+        dense_drift=float(np.ptp(dense_ms) / np.median(dense_ms)),
+        speedup_mape=of_speedups["mape"],
+        speedup_within_5_percent=of_speedups["within_5_percent"],
+        speedup_within_10_percent=of_speedups["within_10_percent"],
+        speedup_kendall_tau=of_speedups["kendall_tau"],
         memory_mape=memory_mape(points),
         num_noisy=sum(point.state == "noisy" for point in points),
         noise=statistics.median(point.iqr_ms / point.measured_ms for point in points),
-        device=info,
-        created_at=datetime.now(UTC),
+        device=device,
+        created_at=created_at,
         points=tuple(points),
-        **error_figures([point.predicted_ms for point in points], [point.measured_ms for point in points]),
+        **error_figures(predicted, measured),
     )
 
 
@@ -195,9 +223,9 @@ def memory_mape(points: Sequence[ValidationPoint]) -> float | None:
     return statistics.fmean(errors) if errors else None
 
 
-def error_figures(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | None]:
+def error_figures(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> dict[str, float | None]:
     """``mape``, ``bias``, ``within_5_percent``, ``within_10_percent`` (0-1) and ``kendall_tau`` of predictions."""
-    errors = np.asarray(predicted) / np.asarray(measured) - 1.0
+    errors = predicted / measured - 1.0
     return {
         "mape": float(np.mean(np.abs(errors))),
         "bias": float(np.mean(errors)),
@@ -207,9 +235,8 @@ def error_figures(predicted: Sequence[float], measured: Sequence[float]) -> dict
     }
 
 
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
+def kendall_tau(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
     """Kendall's tau-b: agreement of two rankings, ties counted out; None where one of them is all ties."""
-    a, b = (np.asarray(values, dtype=float) for values in (first, second))
     upper = np.triu_indices(len(a), k=1)
     sign_a, sign_b = (np.sign(values[:, None] - values[None, :])[upper] for values in (a, b))
     norm = np.sqrt(np.sum(sign_a != 0) * np.sum(sign_b != 0))

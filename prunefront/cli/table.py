@@ -483,8 +483,24 @@ def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:
         ("bias", f"{report.bias:+.2%}"),
         ("within 5 %", f"{report.within_5_percent:.0%}"),
         ("within 10 %", f"{report.within_10_percent:.0%}"),
+        ("error of speed-ups", _speedup_figures(report)),
         ("error of peak memory", None if report.memory_mape is None else f"{report.memory_mape:.2%}"),
         ("rank agreement", None if report.kendall_tau is None else f"{report.kendall_tau:.3f} (Kendall's tau)"),
         ("dense", f"{report.dense_ms:.3f} ms measured, {report.dense_predicted_ms:.3f} ms predicted"),
         ("noise", f"{report.noise:.2%} of the median; {report.num_noisy} schedules stayed noisy"),
+        ("speed of the machine", _drift(report)),
     ]
+
+
+def _speedup_figures(report: ValidationReport) -> str | None:
+    within_5, within_10 = report.speedup_within_5_percent, report.speedup_within_10_percent
+    if report.speedup_mape is None or within_5 is None or within_10 is None:
+        return None
+    return f"{report.speedup_mape:.2%}; within 5 %: {within_5:.0%}, within 10 %: {within_10:.0%}"
+
+
+def _drift(report: ValidationReport) -> str | None:
+    if report.dense_drift is None:
+        return None
+    advice = "" if report.is_steady else "; the error of speed-ups tells what the table is worth"
+    return f"moved by {report.dense_drift:.0%} during the validation{advice}"

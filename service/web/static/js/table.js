@@ -81,6 +81,8 @@ function drawValidation() {
     ["Within ±5 %", percent(report.within_5_percent, 0)],
     ["Within ±10 %", percent(report.within_10_percent, 0)],
     ["Rank agreement", report.kendall_tau === null ? "–" : report.kendall_tau.toFixed(2), "Kendall's tau"],
+    ["Error of speed-ups", report.speedup_mape === null ? "–" : percent(report.speedup_mape), "drift does not move it"],
+    ["Machine's drift", report.dense_drift === null ? "–" : percent(report.dense_drift, 0), "of the dense model"],
     ["Noise", percent(report.noise), "of measuring itself"],
   ]);
   byId("validation-chart").hidden = false;

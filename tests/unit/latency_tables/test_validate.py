@@ -1,0 +1,46 @@
+"""The figures of a validation, by hand."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from latency_tables.schema import ValidationPoint, ValidationReport
+from latency_tables.validate import report_of
+from prunefront.config import PruneConfig
+from tests.unit.latency_tables.fakes import DEVICE, TINY
+
+CONFIG = PruneConfig(model=TINY, method="hybrid")
+
+
+def report(*points: tuple[float, float, float]) -> ValidationReport:
+    """Of predicted latency, measured latency, and the dense model's in the same run; 12 ms are predicted for that."""
+    return report_of(
+        [
+            ValidationPoint(config=CONFIG, predicted_ms=predicted, measured_ms=measured, iqr_ms=0.1, dense_ms=dense)
+            for predicted, measured, dense in points
+        ],
+        dense_predicted_ms=12.0,
+        seed=0,
+        device=DEVICE,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+
+
+def test_a_machine_that_slows_down_is_told_apart_from_a_table_that_is_wrong() -> None:
+    # All speed-ups are right: 2, 4/3, 2, 4/3. In the last two runs the machine took a quarter longer.
+    found = report((6.0, 6.0, 12.0), (9.0, 9.0, 12.0), (6.0, 7.5, 15.0), (9.0, 11.25, 15.0))
+    assert found.mape == pytest.approx(0.1) and found.bias == pytest.approx(-0.1)
+    assert found.within_5_percent == found.within_10_percent == 0.5
+    assert found.speedup_mape == pytest.approx(0.0)
+    assert found.speedup_within_5_percent == found.speedup_within_10_percent == found.speedup_kendall_tau == 1.0
+    assert found.dense_ms == 13.5 and found.dense_drift == pytest.approx(3.0 / 13.5)
+    assert not found.is_steady
+
+
+def test_a_table_that_is_wrong_is_wrong_on_a_steady_machine_too() -> None:
+    # Speed-ups of 2 and 1.2 are predicted as 12/6.48 and 12/9.2: latencies 8 % too high and 8 % too low.
+    found = report((6.48, 6.0, 12.0), (9.2, 10.0, 12.0))
+    assert found.speedup_mape == found.mape == pytest.approx(0.08)
+    assert found.speedup_within_5_percent == 0.0 and found.speedup_within_10_percent == 1.0
+    assert found.speedup_kendall_tau == 1.0
+    assert found.dense_drift == 0.0 and found.is_steady
