@@ -33,9 +33,10 @@ lint: $(STAMP) ## Check style, formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(STAMP) ## Sort imports and format the code
+format: $(STAMP) ## Sort imports, format the code and write docs/openapi.json anew
 	@$(BIN)/ruff check --select I --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/python -m service.openapi
 
 serve: $(STAMP) ## Start the HTTP API, the page and a controller on this machine
 	@$(BIN)/prunefront serve $(ARGS)
