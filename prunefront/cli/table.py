@@ -140,6 +140,7 @@ def list_shipped(as_json: AsJson = False) -> None:
                 "model": table.model.name,
                 "block_key": table.block_key,
                 "mape": None if table.validation is None else table.validation.mape,
+                "speedup_mape": None if table.validation is None else table.validation.speedup_mape,
                 "fits_device": here.get(table.device.fingerprint()),
             }
         )
@@ -150,12 +151,13 @@ def list_shipped(as_json: AsJson = False) -> None:
         note("No tables come with this version; `prunefront table build` makes one.")
         return
     print_table(
-        ["table", "measured on", "error", "fits here"],
+        ["table", "measured on", "error", "of speed-ups", "fits here"],
         [
             (
                 row["name"],
                 row["device"],
                 None if row["mape"] is None else f"{row['mape']:.1%}",
+                None if row["speedup_mape"] is None else f"{row['speedup_mape']:.1%}",
                 row["fits_device"] or "no",
             )
             for row in rows
