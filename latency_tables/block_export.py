@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from latency_tables.parts import (
 )
 from prunefront.compress import create_dense
 from prunefront.config import ModelSpec
-from prunefront.export import DEFAULT_OPSET, Exported, export_part, frozen_copy, require_onnx
+from prunefront.export import DEFAULT_OPSET, LEAST_IMAGES, Exported, export_part, frozen_copy, require_onnx
 from prunefront.files import write_atomic
 from prunefront.geometry import geometry_of, require_equal_blocks
 from prunefront.runtimes import DTYPES
@@ -57,7 +58,7 @@ class _Part:
     tokens_in: int
     tokens_out: int
     module: nn.Module
-    example: Tensor
+    examples: list[Tensor]
 
     @property
     def file_name(self) -> str:
@@ -102,7 +103,7 @@ def export_blocks(
         if progress is not None:
             progress(number, len(parts), part.file_name)
         path = Path(folder) / part.file_name
-        files.append(export_part(part.module, path, [part.example], names=("x", "y"), dtype=dtype, opset=opset))
+        files.append(export_part(part.module, path, part.examples, names=("x", "y"), dtype=dtype, opset=opset))
     template = write_atomic(Path(folder) / TEMPLATE, _template(parts, batch_size))
     return ExportedBlocks(files=tuple(files), template=template)
 
@@ -111,16 +112,17 @@ def _parts(model: Any, batch_size: int, dtype: str, settings: BuildSettings) -> 
     """Everything to export; tokens are those of the stem, as real as random weights make them."""
     geometry, frame, block = geometry_of(model), Frame.of(model), model.blocks[0]
     prefix, most = geometry.num_prefix_tokens, geometry.num_tokens
-    shape = (batch_size, geometry.in_chans, *geometry.img_size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    num_batches = math.ceil(LEAST_IMAGES / batch_size)
+    shape = (num_batches, batch_size, geometry.in_chans, *geometry.img_size)
+    images = list(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype]))
     stem = Stem(model).eval()
-    tokens = stem(images)
-    yield _Part(entry=STEM, tokens_in=geometry.num_patch_tokens, tokens_out=most, module=stem, example=images)
+    tokens = [stem(batch) for batch in images]
+    yield _Part(entry=STEM, tokens_in=geometry.num_patch_tokens, tokens_out=most, module=stem, examples=images)
 
     def on(entry: str, count: int, module: nn.Module, tokens_out: int | None = None) -> _Part:
-        example = tokens[:, :count].contiguous()
+        examples = [batch[:, :count].contiguous() for batch in tokens]
         return _Part(
-            entry=entry, tokens_in=count, tokens_out=tokens_out or count, module=module.eval(), example=example
+            entry=entry, tokens_in=count, tokens_out=tokens_out or count, module=module.eval(), examples=examples
         )
 
     for count in settings.token_counts(geometry):

@@ -28,11 +28,16 @@ from prunefront.training.data import data_config_of
 
 LEAST_OPSET, DEFAULT_OPSET = 18, 20
 DATA_CONFIG_KEY = "prunefront_data_config"
-# What rounding may do to an output, relative to its largest value (at least 1): other kernels sum in another order.
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+# What rounding may do to an output, in units of the dtype's eps, of the largest output: 3e-5, 4e-3 and 3e-2 of it. In
+# fp32 all of it comes from sums in another order: 8 units were seen (DeiT-S). In halves the last rounding counts most,
+# as the file is also compared with what the same weights give in fp64: 0.7 units were seen. A reduction that was left
+# out moved outputs by more than 20 units of fp16 (DeiT-S, the demo model, small models of all methods).
+TOLERANCES = {
+    dtype: units * torch.finfo(DTYPES[dtype]).eps for dtype, units in (("fp32", 256), ("fp16", 4), ("bf16", 4))
+}
 
 _DYNAMIC_BATCHES = (3, 1, 4)
-_LEAST_IMAGES = 8
+LEAST_IMAGES = 8
 _MOST_ONNX_BYTES = 2**31 - 2**24  # of one protobuf file, a little left for the graph
 _NUDGES = 6
 _NUDGE_EPS = 4  # of the dtype: a few roundings
@@ -40,18 +45,22 @@ _NUDGE_EPS = 4  # of the dtype: a few roundings
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far the outputs of a file are from the eager model's.
+    """How far the outputs of a file are from the eager model's, in the file's dtype or in fp64, whichever is nearer.
 
     Attributes:
         num_images: Images compared.
+        num_clear: Those on which the eager model itself gives the same in the file's dtype and in fp64, for its median
+            token where outputs are tokens. Where most images are clear, the file agrees on half of those within the
+            tolerance; where few are, rounding chooses tokens too often to tell.
         largest_difference: Of any output value.
-        tolerance: What every image may differ by.
+        tolerance: What outputs may differ by.
         own_rounding: The most that eager outputs move when pixels and what tokens are ranked by change by a few
             roundings. An image is allowed twice its own on top of the tolerance: where two tokens rank (almost) alike,
             rounding chooses, and other tokens stay.
     """
 
     num_images: int
+    num_clear: int
     largest_difference: float
     tolerance: float
     own_rounding: float
@@ -234,34 +243,52 @@ def write_onnx(
 def compare(run: Callable[[Tensor], Tensor], model: nn.Module, batches: Sequence[Tensor], dtype: str) -> Agreement:
     """Compare what ``run`` gives with the eager model, image by image.
 
+    Every image may differ by what `Agreement` allows it. That is a lot where rounding chooses tokens, and would hide
+    what a wrong file does, so half of the clear images have to agree without.
+
     Raises:
-        ExportError: If an image differs by more than `Agreement` allows; the text has the largest difference.
+        ExportError: If they do not; the text has the largest difference.
     """
     eps = _NUDGE_EPS * torch.finfo(DTYPES[dtype]).eps
     generator = torch.Generator().manual_seed(0)
-    largest = tolerance = own = 0.0
-    num_images = num_wrong = 0
+    exact = copy.deepcopy(model).double()
+    differences, typicals, owns, moves, largest_output = [], [], [], [], 0.0
     with torch.inference_mode():
         for x in batches:
-            expected = model(x).float()
-            moved = torch.zeros(len(x))
+            expected, unrounded, got = model(x), exact(x.double()), run(x)
+            if got.shape != expected.shape:
+                raise ExportError(
+                    f"The exported file gives outputs of shape {tuple(got.shape)} where the model gives "
+                    f"{tuple(expected.shape)}. It was not kept; try another format, and report it with the config."
+                )
+            moved = torch.zeros(len(x), dtype=torch.float64)
             for _ in range(_NUDGES):
                 with _Nudged(eps, generator) as nudged:
-                    moved = torch.maximum(moved, _distance(model(nudged.change(x)), expected))
-            difference = _distance(run(x), expected)
-            allowed = TOLERANCES[dtype] * max(1.0, float(expected.abs().max()))
-            # Written so that a NaN does not pass.
-            num_wrong += int((~(difference <= allowed + 2.0 * moved)).sum())
-            num_images += len(x)
-            largest = float(torch.maximum(difference.max(), torch.tensor(largest)))  # torch's keeps a NaN
-            tolerance, own = max(tolerance, allowed), max(own, float(moved.max()))
-    if num_wrong:
+                    moved = torch.maximum(moved, _distance(model(nudged.change(x)), expected)[0])
+            moves.append(moved)
+            owns.append(_distance(expected, unrounded)[1])
+            difference, typical = map(torch.minimum, _distance(got, expected), _distance(got, unrounded))
+            differences.append(difference)
+            typicals.append(typical)
+            largest_output = max(largest_output, float(expected.abs().max()))
+    difference, typical, own, moved = (torch.cat(found) for found in (differences, typicals, owns, moves))
+    tolerance = TOLERANCES[dtype] * largest_output
+    # Written so that a NaN does not pass.
+    differs, is_clear = ~(difference <= tolerance), own <= tolerance
+    num_wrong = int((~(difference <= tolerance + 2.0 * moved)).sum())
+    num_clear, num_unlike = int(is_clear.sum()), int((~(typical <= tolerance) & is_clear).sum())
+    # Rounded up, since one image alone may be one where rounding chooses in the file only.
+    is_unlike = 2 * num_clear > len(is_clear) and num_unlike > (num_clear + 1) // 2
+    if num_wrong or is_unlike:
         raise ExportError(
-            f"The exported file does not compute what the model does: on {num_wrong} of {num_images} images its "
-            f"outputs differ, by up to {largest:.3g} where {tolerance:.3g} is rounding ({dtype}). It was not kept; "
-            "try another --opset or format, and report it with the config."
+            f"The exported file does not compute what the model does: on {int(differs.sum())} of {len(differs)} images "
+            f"its outputs differ, by up to {float(difference.max()):.3g} where {tolerance:.3g} is rounding ({dtype}). "
+            "It was not kept; try another --opset or format, and report it with the config."
         )
-    return Agreement(num_images=num_images, largest_difference=largest, tolerance=tolerance, own_rounding=own)
+    return Agreement(
+        num_images=len(difference), num_clear=num_clear, largest_difference=float(difference.max()),
+        tolerance=tolerance, own_rounding=float(moved.max()),
+    )  # fmt: skip
 
 
 class _Nudged(TorchFunctionMode):
@@ -340,7 +367,7 @@ def _batches(model: nn.Module, batch_size: int | None, dtype: str, images: Tenso
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"The batch size must be 1 or more, but got {batch_size}.")
     size = data_config_of(model).input_size
-    sizes = _DYNAMIC_BATCHES if batch_size is None else (batch_size,) * math.ceil(_LEAST_IMAGES / batch_size)
+    sizes = _DYNAMIC_BATCHES if batch_size is None else (batch_size,) * math.ceil(LEAST_IMAGES / batch_size)
     if images is None:
         images = torch.randn(sum(sizes), *size, generator=torch.Generator().manual_seed(0))
     elif tuple(images.shape[1:]) != size or len(images) < sizes[0]:
@@ -372,9 +399,14 @@ def _metadata(module: nn.Module) -> dict[str, str]:
     return metadata
 
 
-def _distance(got: Tensor, expected: Tensor) -> Tensor:
-    """Largest difference of each image, (B,)."""
-    return (got.float() - expected).abs().flatten(1).amax(dim=1)
+def _distance(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest difference of each image and, of outputs (B, N, C), that of its median token, both (B,).
+
+    Parts of a table give their tokens in the order of their ranks, so two that rank alike may change places.
+    """
+    difference = (got.double() - expected.double()).abs()
+    tokens = difference.flatten(2).amax(dim=2) if difference.ndim > 2 else difference.amax(dim=1, keepdim=True)
+    return tokens.amax(dim=1), tokens.median(dim=1).values
 
 
 def _failed(exporter: str, error: Exception, is_dynamic: bool) -> ExportError:

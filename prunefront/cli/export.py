@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prunefront.config import ModelSpec, PruneConfig
-    from prunefront.export import Exported
+    from prunefront.export import Agreement, Exported
 
 
 def export(
@@ -99,13 +99,16 @@ def export(
     fields: list[tuple[str, object]] = [
         ("file", f"{out} ({exported.num_bytes / 2**20:.1f} MiB, {dtype})"),
         ("batch size", batch_size or "any"),
-        ("compared", f"logits of {agreement.num_images} noise images with the eager model's, on the CPU"),
+        ("compared", f"logits of {agreement.num_images} noise images with the eager model's in {dtype} and fp64"),
         ("largest difference", f"{agreement.largest_difference:.2g}"),
         ("tolerance", f"{agreement.tolerance:.2g}"),
     ]
     if agreement.own_rounding > agreement.tolerance:
         moved = f"{agreement.own_rounding:.2g}, on images where tokens rank alike"
         fields.append(("rounding in eager", moved))
+    if agreement.num_clear < agreement.num_images:
+        clear = f"{agreement.num_clear} of {agreement.num_images}; on the others rounding chooses tokens in eager, too"
+        fields.append(("clear images", clear))
     print_fields(fields)
 
 
@@ -117,7 +120,7 @@ def _export_blocks(spec: ModelSpec, folder: Path, batch_size: int, dtype: str, o
     with progress_bar(f"Exporting parts of {spec.name}") as progress:
         written = export_blocks(spec, folder, batch_size=batch_size, dtype=dtype, opset=opset, progress=progress)
     agreements = {exported.path.name: exported.agreement for exported in written.files}
-    name, worst = max(agreements.items(), key=lambda item: item[1].largest_difference / item[1].tolerance)
+    name, worst = max(agreements.items(), key=lambda item: _share_of_tolerance(item[1]))
     note(f"Wrote {len(written.files)} parts to {folder}")
     if as_json:
         files = [_document(exported) for exported in written.files]
@@ -126,12 +129,17 @@ def _export_blocks(spec: ModelSpec, folder: Path, batch_size: int, dtype: str, o
     print_fields(
         [
             ("parts", f"{len(written.files)} of {spec.name}, batch {batch_size}, {dtype}, in {folder}"),
-            ("compared", "outputs of each with the eager part's, on the CPU"),
+            ("compared", f"outputs of each with the eager part's in {dtype} and fp64"),
             ("largest difference", f"{worst.largest_difference:.2g}, of {name}"),
             ("tolerance", f"{worst.tolerance:.2g}"),
             ("to fill in", f"{written.template}; then see prunefront table import --help"),
         ]
     )
+
+
+def _share_of_tolerance(agreement: Agreement) -> float:
+    # Where all outputs are 0, nothing is allowed, and nothing differs.
+    return agreement.largest_difference / agreement.tolerance if agreement.tolerance else 0.0
 
 
 def _document(exported: Exported) -> dict[str, Any]:
@@ -142,6 +150,7 @@ def _document(exported: Exported) -> dict[str, Any]:
         "batch_size": exported.batch_size,
         "num_bytes": exported.num_bytes,
         "num_images": agreement.num_images,
+        "num_clear": agreement.num_clear,
         "largest_difference": agreement.largest_difference,
         "tolerance": agreement.tolerance,
         "own_rounding": agreement.own_rounding,

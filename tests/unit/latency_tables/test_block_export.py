@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from latency_tables.block_export import export_blocks
 from latency_tables.build import BuildSettings
 from latency_tables.csv_import import COLUMNS, parse_csv
+from latency_tables.parts import MlpHalf
+from prunefront import export
 from prunefront.compress import create_dense
 from prunefront.config import ModelSpec
-from prunefront.errors import ModelError
+from prunefront.errors import ExportError, ModelError
 from tests.unit.library.models import small_spec
 
 # 36 patches without a class token: of all reductions merging alone can run, so there are few files.
@@ -43,6 +47,7 @@ def test_parts_agree_with_the_model_and_their_csv_becomes_a_table(tmp_path: Path
         ]
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "entries.csv"])
+    assert {exported.agreement.num_images for exported in written.files} == {8}
 
     x = torch.randn(2, 18, 48)
     session = onnxruntime.InferenceSession(str(tmp_path / "attention-18-18.onnx"), providers=["CPUExecutionProvider"])
@@ -60,6 +65,18 @@ def test_parts_agree_with_the_model_and_their_csv_becomes_a_table(tmp_path: Path
     parsed = parse_csv(text)
     assert parsed.batch_size == 2
     assert len(parsed.entries) == len(written.files)
+
+
+def test_a_part_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = export.write_onnx
+
+    def without_mlp(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        convert(nn.Identity().eval() if isinstance(module, MlpHalf) else module, *args, **kwargs)
+
+    monkeypatch.setattr(export, "write_onnx", without_mlp)
+    with pytest.raises(ExportError, match="on 8 of 8 images its outputs differ"):
+        export_blocks(SPEC, tmp_path, batch_size=1, dtype="fp16", settings=FEW)
+    assert not (tmp_path / "entries.csv").exists()
 
 
 def test_models_without_equal_blocks_are_refused(tmp_path: Path) -> None:
