@@ -164,13 +164,7 @@ def measure(
         "load_before": round(load, 2),
         "seconds": round(time.monotonic() - start, 1),
         "claimed_conversion": CLAIMED[target.type].get(batch_size),
-        **figures(
-            measured,
-            configs,
-            batch_size,
-            {key: least_bytes(model, images, dtype) for key, model in models.items()},
-            {key: LinearLayers(model).macs for key, model in models.items()},
-        ),
+        **figures(measured, configs, batch_size, {key: least_bytes(m, images, dtype) for key, m in models.items()}),
         "left_out": left_out,
         "measured": {key: asdict(one) for key, one in measured.items()},
     }
@@ -229,14 +223,8 @@ def figures(
     configs: Mapping[str, PruneConfig],
     batch_size: int,
     num_bytes: Mapping[str, int],
-    linear_macs: Mapping[str, int],
 ) -> dict[str, Any]:
-    """What is claimed, from the latencies by ``name@runtime``; roofline and bandwidth where a copy was measured.
-
-    Args:
-        num_bytes: Of each model, the least that must cross the memory.
-        linear_macs: Of each model's linear layers, for one image.
-    """
+    """What is claimed, from the latencies by ``name@runtime``; roofline and bandwidth where a copy was measured."""
     sizes = {key: int(key.partition("@")[2]) for key in measured if key.startswith("matmul@")}
     peak = max(2 * size**3 / measured[key].median_ms / 1e6 for key, size in sizes.items())  # GFLOP/s
     # A copy reads and writes.
@@ -264,7 +252,7 @@ def figures(
             row |= {"roofline_ms": least_ms, "of_roofline": least_ms / best.median_ms}
         if measured.keys() >= {f"{DENSE}@{LINEARS}", f"{key}@{LINEARS}"}:
             faster = measured[f"{DENSE}@{LINEARS}"].median_ms / measured[f"{key}@{LINEARS}"].median_ms
-            row["linears"] = faster / (linear_macs[DENSE] / linear_macs[key])
+            row["linears"] = faster / (linear_macs(configs[DENSE]) / linear_macs(configs[key]))
         if f"{key}@{EAGER_REFERENCE}" in measured:
             row["over_reference"] = measured[f"{key}@{EAGER_REFERENCE}"].median_ms / best.median_ms
         rows[key] = row
@@ -274,6 +262,11 @@ def figures(
         "rows": rows,
         "num_noisy": sum(one.state != "ok" for one in measured.values()),
     }
+
+
+def linear_macs(config: PruneConfig) -> int:
+    """MACs per image of what `LinearLayers` runs."""
+    return sum(block[op] for block in prunefront.macs_detail(config).blocks for op in ("qkv", "proj", "mlp"))
 
 
 def _fastest(measured: Mapping[str, Measurement], key: str) -> str | None:
@@ -337,16 +330,6 @@ class LinearLayers(nn.Module):
             x = (x + block.attn.proj(values))[:, :left]
             x = x + block.mlp(block.norm2(x))
         return x
-
-    @property
-    def macs(self) -> int:
-        """Of one image."""
-        total = 0
-        for module, (attended, left) in zip(self.blocks, self.counts, strict=True):
-            block: Any = module
-            total += attended * (block.attn.qkv.weight.numel() + block.attn.proj.weight.numel())
-            total += left * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
-        return total
 
 
 class _Product:

@@ -117,10 +117,10 @@ def summary(run: dict[str, Any], device: DeviceInfo) -> str:
             f"mean absolute error {run['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {run['bias']:+.2%}, on "
             f"{run['num_schedules']} held-out schedules of {low:.0%} to {high:.0%} of dense",
             f"within 5 %: {run['within_5_percent']:.0%}, within 10 %: {run['within_10_percent']:.0%}, "
-            f"Kendall's tau {run['kendall_tau']:.3f}, noise {run['noise']:.2%}",
+            f"Kendall's tau {run['kendall_tau']}, noise {run['noise']:.2%}",
             f"of speed-ups: mean absolute error {run['speedup_mape']:.2%}, within 5 %: "
             f"{run['speedup_within_5_percent']:.0%}, within 10 %: {run['speedup_within_10_percent']:.0%}, "
-            f"Kendall's tau {run['speedup_kendall_tau']:.3f}; the machine's speed moved by {run['dense_drift']:.0%}",
+            f"Kendall's tau {run['speedup_kendall_tau']}; the machine's speed moved by {run['dense_drift']:.0%}",
         )
     )
 

@@ -297,6 +297,11 @@ def _slowness(keys: Sequence[str | None], times_ms: Sequence[float]) -> list[flo
     return [float(factor) for factor in np.exp(slow - np.median(slow))]
 
 
+def relative_range(canaries_ms: Sequence[float]) -> float:
+    """How far the machine's speed moved between runs: range of the dense model's latencies over their median."""
+    return (max(canaries_ms) - min(canaries_ms)) / statistics.median(canaries_ms)
+
+
 def _mean_by_name(laps: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Mean, not median: what makes one block of a chain slow makes it slow in a whole model as well."""
     groups: dict[str, list[float]] = {}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latency_tables.errors import LatencyTableError
+from latency_tables.measure import relative_range
 from latency_tables.schema import LatencyEntry
 from prunefront.config import PruneConfig
 from prunefront.errors import FileWriteError
@@ -140,7 +140,7 @@ def canary_drift(groups: Sequence[FinishedGroup]) -> float | None:
     None for a single group, which says nothing about that; groups that timed nothing do not count.
     """
     canaries = [group.canary_ms for group in groups if group.canary_ms is not None]
-    return (max(canaries) - min(canaries)) / statistics.median(canaries) if len(canaries) > 1 else None
+    return relative_range(canaries) if len(canaries) > 1 else None
 
 
 def rescaled(

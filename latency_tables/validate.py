@@ -23,6 +23,7 @@ from latency_tables.measure import (
     ShouldStop,
     Stopwatch,
     measure_models,
+    relative_range,
 )
 from latency_tables.out_of_memory import if_it_fits
 from latency_tables.predict import check_table_matches, predict, predict_latency_ms, predictor_of
@@ -198,7 +199,7 @@ def report_of(
         seed=seed,
         dense_ms=float(np.median(dense_ms)),
         dense_predicted_ms=dense_predicted_ms,
-        dense_drift=float(np.ptp(dense_ms) / np.median(dense_ms)),
+        dense_drift=relative_range(dense_ms.tolist()),
         speedup_mape=of_speedups["mape"],
         speedup_within_5_percent=of_speedups["within_5_percent"],
         speedup_within_10_percent=of_speedups["within_10_percent"],

@@ -54,6 +54,8 @@ async def refuse_unknown_parameters(request: Request) -> None:
     Raises:
         Problem: If it does; the sentence names those parameters and the ones that the route takes.
     """
+    if not request.query_params:
+        return
     # What the OpenAPI document lists comes from the same declarations.
     declared = get_flat_params(request.scope["route"].dependant)
     known = sorted(field.alias for field in declared if isinstance(field.field_info, params.Query))

@@ -41,8 +41,8 @@ def draw_rows(rows: list[dict[str, Any]], title: str) -> Figure:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     colours = [COLOUR if row["config"]["sites"] else DENSE_COLOUR for row in rows]
-    has_accuracy = all("top1" in row for row in rows)
-    if has_accuracy:
+    axes.set_title(title, fontsize=11)
+    if all("top1" in row for row in rows):
         for row, colour in zip(rows, colours, strict=True):
             low, high = row["top1_ci"]
             x, y = row["images_per_s"], 100 * row["top1"]
@@ -58,6 +58,7 @@ def draw_rows(rows: list[dict[str, Any]], title: str) -> Figure:
         axes.set_xlabel("images/s")
         axes.set_ylabel(f"top-1 on {rows[0]['dataset']} {rows[0]['split']}, %")
         axes.grid(alpha=0.25)
+        number_points(axes, [(Path(row["label"]).name, row["images_per_s"], 100 * row["top1"]) for row in rows])
     else:
         labels = [Path(row["label"]).name for row in rows]
         spread = [row["iqr_ms"] / 2 for row in rows]
@@ -65,7 +66,4 @@ def draw_rows(rows: list[dict[str, Any]], title: str) -> Figure:
         axes.invert_yaxis()
         axes.set_xlabel("measured latency, ms per batch")
         axes.grid(alpha=0.25, axis="x")
-    axes.set_title(title, fontsize=11)
-    if has_accuracy:
-        number_points(axes, [(Path(row["label"]).name, row["images_per_s"], 100 * row["top1"]) for row in rows])
     return figure

@@ -128,6 +128,7 @@ def list_shipped(as_json: AsJson = False) -> None:
     rows: list[dict[str, Any]] = []
     for name in shipped_tables():
         table = load_table(name)
+        report = table.validation
         rows.append(
             {
                 "name": name,
@@ -139,8 +140,8 @@ def list_shipped(as_json: AsJson = False) -> None:
                 "batch_size": table.batch_size,
                 "model": table.model.name,
                 "block_key": table.block_key,
-                "mape": None if table.validation is None else table.validation.mape,
-                "speedup_mape": None if table.validation is None else table.validation.speedup_mape,
+                "mape": None if report is None else report.mape,
+                "speedup_mape": None if report is None else report.speedup_mape,
                 "fits_device": here.get(table.device.fingerprint()),
             }
         )
@@ -463,7 +464,7 @@ def _print_head(table: LatencyTable) -> None:
     ]
     if table.canary_drift is not None:
         advice = "" if table.is_steady else "; build again on a steadier one"
-        fields.append(("speed of the machine", f"moved by {table.canary_drift:.0%} during the build{advice}"))
+        fields.append(_speed_of_machine(table.canary_drift, "build", advice))
     print_fields(fields)
     if table.validation is not None:
         print_fields(_report_fields(table.validation))
@@ -490,7 +491,11 @@ def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:
         ("rank agreement", None if report.kendall_tau is None else f"{report.kendall_tau:.3f} (Kendall's tau)"),
         ("dense", f"{report.dense_ms:.3f} ms measured, {report.dense_predicted_ms:.3f} ms predicted"),
         ("noise", f"{report.noise:.2%} of the median; {report.num_noisy} schedules stayed noisy"),
-        ("speed of the machine", _drift(report)),
+        _speed_of_machine(
+            report.dense_drift,
+            "validation",
+            "" if report.is_steady else "; the error of speed-ups tells what the table is worth",
+        ),
     ]
 
 
@@ -501,8 +506,5 @@ def _speedup_figures(report: ValidationReport) -> str | None:
     return f"{report.speedup_mape:.2%}; within 5 %: {within_5:.0%}, within 10 %: {within_10:.0%}"
 
 
-def _drift(report: ValidationReport) -> str | None:
-    if report.dense_drift is None:
-        return None
-    advice = "" if report.is_steady else "; the error of speed-ups tells what the table is worth"
-    return f"moved by {report.dense_drift:.0%} during the validation{advice}"
+def _speed_of_machine(drift: float | None, during: str, advice: str) -> tuple[str, object]:
+    return "speed of the machine", None if drift is None else f"moved by {drift:.0%} during the {during}{advice}"

@@ -49,6 +49,7 @@ def open_test(dataset_id: str, **options: object) -> SplitDataset:
     return open_split(dataset_id, "test", data_config=DATA_CONFIG, **options)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # a test process may have one core
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("in_memory_mib", [0, 16])
 def test_skipped_images_do_not_count_and_no_other_takes_their_place(grey, num_workers, in_memory_mib):

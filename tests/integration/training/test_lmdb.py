@@ -141,6 +141,7 @@ def test_labels_agree_between_files_that_lack_a_class(root):
     assert [label for _, label in packed] == [1, 1, 2, 2]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # a test process may have one core
 def test_loader_processes_open_the_file_themselves(root):
     both(root)
     arguments = {"data_config": DATA_CONFIG, "train": True, "augmentation": Augmentation()}
