@@ -95,6 +95,9 @@ def run_of(
         "speedup_within_5_percent": report.speedup_within_5_percent,
         "speedup_within_10_percent": report.speedup_within_10_percent,
         "speedup_kendall_tau": report.speedup_kendall_tau,
+        "remeasured_mape": report.remeasured_mape,
+        "remeasured_speedup_mape": report.remeasured_speedup_mape,
+        "num_remeasured": report.num_remeasured,
         "dense_drift": report.dense_drift,
         "bias": report.bias,
         "within_5_percent": report.within_5_percent,
@@ -121,6 +124,14 @@ def summary(run: dict[str, Any], device: DeviceInfo) -> str:
             f"of speed-ups: mean absolute error {run['speedup_mape']:.2%}, within 5 %: "
             f"{run['speedup_within_5_percent']:.0%}, within 10 %: {run['speedup_within_10_percent']:.0%}, "
             f"Kendall's tau {run['speedup_kendall_tau']}; the machine's speed moved by {run['dense_drift']:.0%}",
+            *(
+                [
+                    f"measured again, {run['num_remeasured']} schedules differed by {run['remeasured_mape']:.2%} in "
+                    f"latency and {run['remeasured_speedup_mape']:.2%} in speed-up"
+                ]
+                if run["num_remeasured"]
+                else []
+            ),
         )
     )
 

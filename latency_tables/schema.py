@@ -117,6 +117,10 @@ class ValidationPoint(StrictModel):
     measured_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     iqr_ms: Milliseconds
     dense_ms: Milliseconds | None = Field(default=None, description="The dense model in the same interleaved run.")
+    again_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Measured once more, after all others; null where it was not."
+    )
+    again_dense_ms: Milliseconds | None = Field(default=None, description="The dense model in that run.")
     state: Literal["ok", "noisy"] = "ok"
     predicted_memory_mib: Mebibytes | None = None
     measured_memory_mib: Mebibytes | None = None
@@ -144,6 +148,13 @@ class ValidationReport(StrictModel):
         default=None,
         description="How far the machine's speed moved: range over median of the dense model's latency over the runs.",
     )
+    remeasured_mape: float | None = Field(
+        default=None,
+        description="Mean absolute relative difference to measuring some of the schedules once more, after all others: "
+        "an error of latencies as small as this is measuring's own.",
+    )
+    remeasured_speedup_mape: float | None = Field(default=None, description="The same for speed-ups.")
+    num_remeasured: Annotated[int, Field(ge=0)] = 0
     memory_mape: float | None = Field(
         default=None, description="Mean absolute relative error of peak memory; null where it is not told."
     )
@@ -153,7 +164,7 @@ class ValidationReport(StrictModel):
     kendall_tau: float | None = Field(description="Agreement in rank; null when fewer than two schedules differ.")
     dense_ms: Milliseconds = Field(description="Median of the dense model in the same run.")
     dense_predicted_ms: Milliseconds
-    noise: float = Field(description="Median over the schedules of IQR over median: what re-measuring would move.")
+    noise: float = Field(description="Median over the schedules of IQR over median, within one run.")
     num_noisy: int = Field(description="Schedules still noisy after three attempts; they count in all figures.")
     device: DeviceInfo
     created_at: datetime

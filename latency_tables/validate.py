@@ -38,6 +38,7 @@ from prunefront.schedule import plan_schedule
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"
+REMEASURED = 5  # Every fifth schedule is measured twice.
 SCHEDULES_PER_RUN = 10  # Measured against each other at once; a run is short enough for the machine to stay as it is.
 SETTINGS = MeasureSettings(warmup_rounds=2, min_rounds=8, max_rounds=40, target_s=1.0)
 PATIENCE = Patience()
@@ -61,7 +62,8 @@ def validate_table(
     """Measure random schedules of all methods, spread over 30-100 % of the dense latency, and compare.
 
     Measured values are as they are; nothing is scaled to the table. Noisy ones count as well. Models that run out of
-    memory are left out, with a warning.
+    memory are left out, with a warning. In the end every fifth is measured once more, which tells how far measuring
+    agrees with itself.
 
     Args:
         table: For this machine, runtime and dtype.
@@ -118,7 +120,11 @@ def validate_table(
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn((table.batch_size, geometry.in_chans, *geometry.img_size), generator=generator)
 
-    def measure(start: int, chosen: Sequence[PruneConfig]) -> list[ValidationPoint]:
+    again = range(0, len(configs), REMEASURED)
+    total = len(configs) + len(again)
+
+    def measure(start: int, chosen: Sequence[PruneConfig]) -> list[Measurement]:
+        """Measurements of some schedules, interleaved; ``start`` schedules were measured before."""
         models: dict[str, nn.Module] = {DENSE: dense}
         models |= {str(number): compress(dense, config) for number, config in enumerate(chosen)}
         measured = measure_models(
@@ -133,34 +139,47 @@ def validate_table(
             cpu=cpu,
             patience=patience,
             seed=start,
-            progress=_shifted(progress, start, len(chosen), len(configs)),
+            progress=_shifted(progress, start, len(chosen), total),
             should_stop=should_stop,
         )
-        dense_ms = measured[DENSE].median_ms
-        return [_point(table, config, measured[str(number)], dense_ms) for number, config in enumerate(chosen)]
+        return [measured[str(number)] for number in range(len(chosen))]
 
-    points: list[ValidationPoint] = []
-    for start in range(0, len(configs), SCHEDULES_PER_RUN):
-        chosen = configs[start : start + SCHEDULES_PER_RUN]
-        together = if_it_fits(partial(measure, start, chosen), target)
+    def measure_what_fits(start: int, numbers: Sequence[int]) -> dict[int, Measurement]:
+        """By number of the schedule."""
+        together = if_it_fits(partial(measure, start, [configs[number] for number in numbers]), target)
         if together is not None:
-            points += together
-            continue
+            return dict(zip(numbers, together, strict=True))
         # Beside nine others there may be no room for a model that fits by itself.
-        for number, config in enumerate(chosen, start):
-            alone = if_it_fits(partial(measure, number, [config]), target)
+        found = {}
+        for place, number in enumerate(numbers, start):
+            alone = if_it_fits(partial(measure, place, [configs[number]]), target)
             if alone is None:
                 logger.warning(
                     "Held-out schedule %d of %d ran out of memory at batch size %d on %s and is left out",
                     number + 1, len(configs), table.batch_size, info.name,
-                    extra={"action": "validate_table", "config": config.to_dict()},
+                    extra={"action": "validate_table", "config": configs[number].to_dict()},
                 )  # fmt: skip
-            points += alone or []
-    if not points:
+            else:
+                found[number] = alone[0]
+        return found
+
+    def measure_in_runs(start: int, numbers: Sequence[int]) -> dict[int, Measurement]:
+        found: dict[int, Measurement] = {}
+        for first in range(0, len(numbers), SCHEDULES_PER_RUN):
+            found |= measure_what_fits(start + first, numbers[first : first + SCHEDULES_PER_RUN])
+        return found
+
+    measured = measure_in_runs(0, range(len(configs)))
+    if not measured:
         raise ExceedsMemoryError(
             f"None of {len(configs)} held-out schedules of {spec.name!r} fits into memory at batch size "
             f"{table.batch_size} on {info.name}. Close what else uses it, or validate a table of a smaller batch size."
         )
+    measured_again = measure_in_runs(len(configs), [number for number in again if number in measured])
+    points = [
+        _point(table, configs[number], measurement, measured_again.get(number))
+        for number, measurement in measured.items()
+    ]
     report = report_of(
         points,
         dense_predicted_ms=predict_latency_ms(table, PruneConfig(model=spec, method="hybrid")),
@@ -194,16 +213,21 @@ def report_of(
     predicted = np.array([point.predicted_ms for point in points])
     measured = np.array([point.measured_ms for point in points])
     of_speedups = error_figures(predicted / dense_predicted_ms, measured / dense_ms)
+    twice = np.array([point.again_ms is not None for point in points])
+    again = np.array([(point.again_ms, point.again_dense_ms) for point in points], dtype=float)[twice]
     return ValidationReport(
         num_schedules=len(points),
         seed=seed,
         dense_ms=float(np.median(dense_ms)),
         dense_predicted_ms=dense_predicted_ms,
-        dense_drift=relative_range(dense_ms.tolist()),
+        dense_drift=relative_range([*dense_ms.tolist(), *again[:, 1].tolist()]),
         speedup_mape=of_speedups["mape"],
         speedup_within_5_percent=of_speedups["within_5_percent"],
         speedup_within_10_percent=of_speedups["within_10_percent"],
         speedup_kendall_tau=of_speedups["kendall_tau"],
+        remeasured_mape=_mape(again[:, 0], measured[twice]),
+        remeasured_speedup_mape=_mape(again[:, 0] / again[:, 1], measured[twice] / dense_ms[twice]),
+        num_remeasured=int(twice.sum()),
         memory_mape=memory_mape(points),
         num_noisy=sum(point.state == "noisy" for point in points),
         noise=statistics.median(point.iqr_ms / point.measured_ms for point in points),
@@ -212,6 +236,10 @@ def report_of(
         points=tuple(points),
         **error_figures(predicted, measured),
     )
+
+
+def _mape(values: NDArray[np.float64], references: NDArray[np.float64]) -> float | None:
+    return float(np.mean(np.abs(values / references - 1.0))) if len(values) else None
 
 
 def memory_mape(points: Sequence[ValidationPoint]) -> float | None:
@@ -244,14 +272,19 @@ def kendall_tau(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
     return float(np.sum(sign_a * sign_b) / norm) if norm > 0 else None
 
 
-def _point(table: LatencyTable, config: PruneConfig, measured: Measurement, dense_ms: float) -> ValidationPoint:
+def _point(
+    table: LatencyTable, config: PruneConfig, measured: Measurement, again: Measurement | None
+) -> ValidationPoint:
     predicted = predict(table, config)
     return ValidationPoint(
         config=config,
         predicted_ms=predicted.latency_ms,
         measured_ms=measured.median_ms,
         iqr_ms=measured.iqr_ms,
-        dense_ms=dense_ms,
+        # The canary was sampled more often than the dense model as one of ten, and in every attempt.
+        dense_ms=measured.canary_ms,
+        again_ms=None if again is None else again.median_ms,
+        again_dense_ms=None if again is None else again.canary_ms,
         state=measured.state,
         predicted_memory_mib=predicted.peak_memory_mib,
         measured_memory_mib=measured.peak_memory_mib,

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunefront.errors import ConfigError, ExportError, MissingExtraError, UnknownNameError
 
@@ -99,24 +98,36 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-@contextlib.contextmanager
-def fastest_attention(x: Tensor) -> Iterator[None]:
-    """Let attention inside run by the kernel that is fastest for the device and dtype of ``x``.
+class FastestAttention:
+    """Lets a model's attention run by the kernel that is fastest for a device and dtype.
 
-    torch's flash kernel for CPUs is made for fp32 and for AMX; elsewhere, in reduced precision, two plain products and
-    a softmax took half its time (DeiT-S, 197 tokens, AVX-512 with bf16). Logits may differ by rounding.
+    torch's flash kernel for CPUs is made for fp32 and for AMX. Elsewhere, in reduced precision, two products and a
+    softmax take 0.55 to 0.75 of its time (DeiT-S, 197 tokens, AVX-512 with bf16). Logits may differ by rounding.
+
+    Args:
+        forward: A module whose attentions have timm's switch ``fused_attn``; nothing is switched in other callables.
     """
-    if x.device.type != "cpu" or x.dtype == torch.float32 or torch.cpu._is_amx_tile_supported():
-        yield
-        return
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
-    # The name says CUDA; it is the switch for all devices. Without it the products would be taken in fp32.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
+
+    def __init__(self, forward: nn.Module | Forward) -> None:
+        modules = forward.modules() if isinstance(forward, nn.Module) else ()
+        self._attentions = [module for module in modules if getattr(module, "fused_attn", False)]
+
+    @contextlib.contextmanager
+    def for_inputs(self, x: Tensor) -> Iterator[None]:
+        """The kernel for inputs like ``x`` within, the model as it was after."""
+        if x.device.type != "cpu" or x.dtype == torch.float32 or torch.cpu._is_amx_tile_supported():
             yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
+            return
+        self._set(False)
+        try:
+            yield
+        finally:
+            self._set(True)
+
+    def _set(self, fused: bool) -> None:
+        for attention in self._attentions:
+            # A plain attribute; nn.Module's way to set one takes ten times as long, in every call of every model.
+            vars(attention)["fused_attn"] = fused
 
 
 def _require_same(x: Tensor, shape: torch.Size, dtype: torch.dtype, made: str) -> None:
@@ -132,9 +143,10 @@ class EagerForward:
 
     def __init__(self, forward: nn.Module | Forward, device: torch.device) -> None:
         self._forward = forward
+        self._attention = FastestAttention(forward)
 
     def __call__(self, x: Tensor) -> Any:
-        with fastest_attention(x):
+        with self._attention.for_inputs(x):
             return self._forward(x)
 
 
@@ -152,6 +164,7 @@ class CompiledForward:
         own = types.FunctionType(
             call.__code__.replace(co_name=f"forward_{id(self):x}"), call.__globals__, "forward", None, call.__closure__
         )
+        self._attention = FastestAttention(forward)
         self._compiled = torch.compile(own, fullgraph=True, dynamic=False)
         self._is_cpu = device.type == "cpu"
         self._compiled_for: tuple[torch.Size, torch.dtype] | None = None
@@ -174,7 +187,7 @@ class CompiledForward:
         # by default, takes as long as some of them.
         with (
             torch._inductor.config.patch(freezing=self._is_cpu, cpp_wrapper=self._is_cpu),
-            fastest_attention(x),
+            self._attention.for_inputs(x),
         ):
             try:
                 return self._compiled(x)

@@ -490,6 +490,7 @@ def _report_fields(report: ValidationReport) -> list[tuple[str, object]]:
         ("error of peak memory", None if report.memory_mape is None else f"{report.memory_mape:.2%}"),
         ("rank agreement", None if report.kendall_tau is None else f"{report.kendall_tau:.3f} (Kendall's tau)"),
         ("dense", f"{report.dense_ms:.3f} ms measured, {report.dense_predicted_ms:.3f} ms predicted"),
+        ("measured again", _remeasured(report)),
         ("noise", f"{report.noise:.2%} of the median; {report.num_noisy} schedules stayed noisy"),
         _speed_of_machine(
             report.dense_drift,
@@ -504,6 +505,15 @@ def _speedup_figures(report: ValidationReport) -> str | None:
     if report.speedup_mape is None or within_5 is None or within_10 is None:
         return None
     return f"{report.speedup_mape:.2%}; within 5 %: {within_5:.0%}, within 10 %: {within_10:.0%}"
+
+
+def _remeasured(report: ValidationReport) -> str | None:
+    if report.remeasured_mape is None or report.remeasured_speedup_mape is None:
+        return None
+    return (
+        f"{report.num_remeasured} schedules, which differed by {report.remeasured_mape:.2%} in latency and "
+        f"{report.remeasured_speedup_mape:.2%} in speed-up"
+    )
 
 
 def _speed_of_machine(drift: float | None, during: str, advice: str) -> tuple[str, object]:

@@ -13,6 +13,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor
 from torch.nn import functional as F
 
+from prunefront.ops.dot_product import dot_product_attention
 from prunefront.ops.packing import Packing, packed_attention
 
 
@@ -102,10 +103,10 @@ def join_heads(attn: Attention, heads: Tensor, x: Tensor) -> Tensor:
 def attend(
     attn: Attention, x: Tensor, bias: Tensor | None, packing: Packing | None = None
 ) -> tuple[Tensor, AttentionState]:
-    """timm's multi-head attention through SDPA, handing out q, k and v.
+    """timm's multi-head attention, handing out q, k and v.
 
     Args:
-        attn: A plain timm attention; q/k norm, output norm and gate are applied.
+        attn: A plain timm attention; q/k norm, output norm and gate are applied. ``fused_attn`` chooses the kernel.
         x: Normalised tokens, (B, N, C).
         bias: Added to the logits, or a boolean mask of visible keys; broadcast to (B, H, N, N); or None.
         packing: Of a packed batch, whose images see their own tokens alone; without bias and in eval mode.
@@ -121,9 +122,9 @@ def attend_with(
 ) -> tuple[Tensor, AttentionState]:
     """`attend` for queries, keys and values that are there already."""
     if packing is not None:
-        return join_heads(attn, packed_attention(state.q, state.k, state.v, packing), x), state
+        return join_heads(attn, packed_attention(state.q, state.k, state.v, packing, fused=attn.fused_attn), x), state
     dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(state.q, state.k, state.v, attn_mask=bias, dropout_p=dropout)
+    out = dot_product_attention(state.q, state.k, state.v, bias=bias, dropout=dropout, fused=attn.fused_attn)
     return join_heads(attn, out, x), replace(state, bias=bias)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prunefront.ops.dot_product import dot_product_attention
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
@@ -51,22 +53,22 @@ class Packing:
         return slots.index_copy_(0, self.index, packed[0]).reshape(*self.present.shape, *packed.shape[2:])
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, fused: bool = True) -> Tensor:
     """Attention inside each image of a packed batch, without dropout: queries, keys, values and result (1, H, T, D).
 
-    On CPUs image by image, on GPUs by torch's kernel for sequences of different lengths. What that kernel does not take
-    (fp32, old GPUs, torch before 2.10) is padded for the attention alone.
+    On CPUs image by image, ``fused`` or not; on GPUs by torch's kernel for sequences of different lengths. What that
+    kernel does not take (fp32, old GPUs, torch before 2.10) is padded for the attention alone.
     """
     if q.device.type == "cpu":
-        return _image_by_image(q, k, v, packing)
+        return _image_by_image(q, k, v, packing, fused)
     kernel = _varlen_kernel(q)
     return _padded(q, k, v, packing) if kernel is None else _by_kernel(kernel, q, k, v, packing)
 
 
-def _image_by_image(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def _image_by_image(q: Tensor, k: Tensor, v: Tensor, packing: Packing, fused: bool) -> Tensor:
     images = zip(*(torch.split(t, list(packing.lengths), dim=2) for t in (q, k, v)), strict=True)
     # Heads last but one, as the projection that follows wants them: nothing is copied twice.
-    outputs = [F.scaled_dot_product_attention(q_, k_, v_).transpose(1, 2) for q_, k_, v_ in images]
+    outputs = [dot_product_attention(q_, k_, v_, fused=fused).transpose(1, 2) for q_, k_, v_ in images]
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
@@ -80,7 +82,7 @@ def _by_kernel(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, pack
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     q, k, v = (packing.pad(t.transpose(1, 2)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.present[:, None, None, :])
+    out = dot_product_attention(q, k, v, bias=packing.present[:, None, None, :])
     return packing.pack(out.transpose(1, 2)).transpose(1, 2)
 
 

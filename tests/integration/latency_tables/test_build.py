@@ -36,8 +36,8 @@ from tests.unit.latency_tables.fakes import NO_CLASS_TOKEN, TINY
 # What else runs on this machine does not matter to a stopwatch that counts work.
 ONCE = MeasureSettings(warmup_rounds=1, min_rounds=1, max_rounds=1, max_foreign_cores=math.inf)
 SETTINGS = BuildSettings(
-    token_shares=(0.0, 0.5, 1.0), max_token_counts=5, least_gap=2, reduction_blocks=1, num_whole_models=4,
-    blocks=ONCE, reductions=ONCE, models=ONCE, patience=None,
+    token_shares=(0.0, 0.5, 1.0), attention_step=None, max_token_counts=5, least_gap=2, reduction_blocks=1,
+    num_whole_models=4, blocks=ONCE, reductions=ONCE, models=ONCE, patience=None,
 )  # fmt: skip
 FEW_REDUCTIONS = dataclasses.replace(SETTINGS, reduction_tokens=(1.0,))
 
@@ -177,6 +177,7 @@ def test_held_out_schedules_are_predicted_on_a_device_without_noise(table: Laten
     assert report.mape < 0.02
     assert report.speedup_mape < 0.02
     assert report.within_10_percent == 1.0
+    assert (report.num_remeasured, report.remeasured_mape) == (3, 0.0)
     assert report.kendall_tau is not None and report.kendall_tau > 0.9
     shares = sorted(point.measured_ms / report.dense_ms for point in report.points)
     assert shares[0] < 0.45 and shares[-1] > 0.9
@@ -349,6 +350,17 @@ def test_a_real_clock_builds_a_table() -> None:
     table = build_table(TINY, batch_size=1, settings=FEW_REDUCTIONS)
     assert all(entry.median_ms > 0 for entry in table.entries)
     assert table.correction.num_models == 5
+
+
+def test_attention_is_timed_on_both_sides_of_its_steps() -> None:
+    settings = dataclasses.replace(FEW_REDUCTIONS, token_shares=(0.0, 1.0), max_token_counts=2, attention_step=8)
+    assert settings.step_token_counts(geometry_for(TINY)) == [8, 9, 16, 17]
+    table = build(settings=settings)
+    assert [entry.tokens_in for entry in table.entries_by_name["attention"]] == [2, 8, 9, 16, 17]
+    assert [entry.tokens_in for entry in table.entries_by_name["mlp"]] == [2, 17]
+    batch, width, tokens = 2, 48, 9
+    flops = batch * (tokens * 2 * 4 * width * width + 2 * 2 * tokens * tokens * width)
+    assert table.latencies_ms["attention"][9, 9] == pytest.approx(flops / 1e5 + 1e-3)
 
 
 def test_gpus_get_a_dense_grid_and_compiled_tables_a_sparse_one() -> None:

@@ -44,3 +44,23 @@ def test_a_table_that_is_wrong_is_wrong_on_a_steady_machine_too() -> None:
     assert found.speedup_within_5_percent == 0.0 and found.speedup_within_10_percent == 1.0
     assert found.speedup_kendall_tau == 1.0
     assert found.dense_drift == 0.0 and found.is_steady
+
+
+def test_schedules_measured_twice_tell_how_far_measuring_differs_from_itself() -> None:
+    def point(measured: float, dense: float, again: float | None = None, again_dense: float | None = None):
+        return ValidationPoint(
+            config=CONFIG, predicted_ms=6.0, measured_ms=measured, iqr_ms=0.1, dense_ms=dense,
+            again_ms=again, again_dense_ms=again_dense,
+        )  # fmt: skip
+
+    # A quarter slower the second time, as was the dense model; and 5 % slower beside a dense model that was not.
+    points = [point(6.0, 12.0, 7.5, 15.0), point(8.0, 12.0), point(10.0, 12.0, 10.5, 12.0)]
+    found = report_of(
+        points, dense_predicted_ms=12.0, seed=0, device=DEVICE, created_at=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    assert found.num_remeasured == 2
+    assert found.remeasured_mape == pytest.approx((0.25 + 0.05) / 2)
+    assert found.remeasured_speedup_mape == pytest.approx(0.05 / 2)
+    # The dense model met two speeds: 12 ms in three runs, as is the median of the first runs, and 15 in the fourth.
+    assert found.dense_ms == 12.0 and found.dense_drift == pytest.approx(3.0 / 12.0)
+    assert report((6.0, 6.0, 12.0)).remeasured_mape is None

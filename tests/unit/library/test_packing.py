@@ -163,7 +163,7 @@ def test_packing_lays_images_end_to_end_and_back() -> None:
 
 def test_attention_padded_for_a_while_is_that_of_each_image() -> None:
     layout, (q, k, v) = ragged()
-    expected = packing._image_by_image(q, k, v, layout)
+    expected = packing.packed_attention(q, k, v, layout)
     torch.testing.assert_close(packing._padded(q, k, v, layout), expected)
     torch.testing.assert_close(expected[:, :, 3:4], v[:, :, 3:4])  # an image of one token attends to itself
 
@@ -182,7 +182,7 @@ def test_the_kernel_for_many_lengths_is_given_its_documented_layout() -> None:
         return torch.einsum("hqk,khd->qhd", weights, v)
 
     out = packing._by_kernel(kernel, q, k, v, layout)
-    torch.testing.assert_close(out, packing._image_by_image(q, k, v, layout))
+    torch.testing.assert_close(out, packing.packed_attention(q, k, v, layout))
     # torch's own takes these arguments; without a GPU it can only tell shapes.
     nowhere = Packing(
         present=layout.present, index=layout.index, lengths=layout.lengths, offsets=layout.offsets.to("meta")

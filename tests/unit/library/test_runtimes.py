@@ -14,23 +14,18 @@ from latency_tables.measure import MeasureSettings, measure_models
 from prunefront.compress import compress
 from prunefront.config import Runtime
 from prunefront.errors import ConfigError, MissingExtraError, UnknownNameError
+from prunefront.ops.dot_product import dot_product_attention
 from prunefront.runtimes import (
+    DTYPES,
     RUNTIMES,
     CompiledForward,
     cast_modules,
-    fastest_attention,
     onnx_session,
     prepare,
 )
-from tests.unit.library.models import build, schedules
+from tests.unit.library.models import build, schedules, small_spec
 
 CPU = torch.device("cpu")
-
-
-def switches() -> tuple[bool, bool]:
-    """Whether flash kernels are on, and products of attention in reduced precision."""
-    backends: Any = torch.backends.cuda
-    return backends.flash_sdp_enabled(), backends.fp16_bf16_reduction_math_sdp_allowed()
 
 
 def test_unknown_runtimes_and_dtypes_are_refused() -> None:
@@ -63,22 +58,36 @@ def test_a_model_of_another_dtype_is_copied_and_the_callers_stays() -> None:
     assert torch.equal(ready(torch.ones(1, 2)), model.bias.detach().unsqueeze(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_attention_kernel_is_chosen_for_the_call_alone_and_hardly_moves_the_result(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+# timm's own attention, a bias by size, a boolean mask, a packed batch.
+@pytest.mark.parametrize("name", [None, "tome", "trilevel-attention", "spvit-adaptive"])
+def test_the_attention_kernel_is_chosen_for_the_call_alone(dtype: str, name: str | None) -> None:
+    model: Any = build(small_spec()) if name is None else prunefront.create_model(schedules()[name])
+    model = model.to(DTYPES[dtype]).eval()
+    fused: list[bool] = []
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda *_, attn=block.attn: fused.append(attn.fused_attn))
+    images = torch.randn(2, 3, 48, 48, dtype=DTYPES[dtype])
+    with torch.inference_mode():
+        logits = prepare(model, "eager", dtype, CPU)(images)
+        assert fused == [dtype == "fp32" or torch.cpu._is_amx_tile_supported()] * 4
+        assert all(block.attn.fused_attn for block in model.blocks)
+        if name is None:  # No tokens to choose otherwise.
+            torch.testing.assert_close(logits, model(images), atol=1e-6 if dtype == "fp32" else 0.02, rtol=0)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("bias", ["none", "sizes", "mask"])
+def test_attention_as_two_products_is_torchs(bias: str) -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 33, 16).to(dtype)
-    mask = torch.ones(2, 1, 1, 33, dtype=torch.bool)
-    mask[0, :, :, 20:] = False
-    before = switches()
-    with fastest_attention(q):
-        if dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-            assert switches() == (False, True)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert switches() == before
-    logits = (q.double() @ k.double().transpose(-2, -1)) / 4
-    exact = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v.double()
-    tolerance = 1e-5 if dtype == torch.float32 else 4e-2  # bf16 has 8 bits, and values reach 4
-    torch.testing.assert_close(attended.double(), exact, atol=tolerance, rtol=0)
+    q, k, v = torch.randn(3, 2, 4, 33, 16, dtype=torch.float64)
+    mask = torch.rand(2, 1, 33, 33) > 0.5
+    mask |= torch.eye(33, dtype=torch.bool)
+    given = {"none": None, "sizes": torch.randn(2, 1, 1, 33, dtype=torch.float64), "mask": mask}[bias]
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given)
+    torch.testing.assert_close(dot_product_attention(q, k, v, bias=given, fused=False), expected)
+    kept = dot_product_attention(q, k, torch.ones_like(v), bias=given, dropout=0.5, fused=False)
+    assert (kept.std() > 0.05) and kept.mean() == pytest.approx(1.0, abs=0.1)  # What is left is scaled up.
 
 
 def test_copies_of_models_that_share_weights_share_them_too() -> None:

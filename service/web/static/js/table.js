@@ -83,7 +83,8 @@ function drawValidation() {
     ["Rank agreement", report.kendall_tau === null ? "–" : report.kendall_tau.toFixed(2), "Kendall's tau"],
     ["Error of speed-ups", report.speedup_mape === null ? "–" : percent(report.speedup_mape), "drift does not move it"],
     ["Machine's drift", report.dense_drift === null ? "–" : percent(report.dense_drift, 0), "of the dense model"],
-    ["Noise", percent(report.noise), "of measuring itself"],
+    ["Measured again", report.remeasured_mape === null ? "–" : percent(report.remeasured_mape), "how far measuring differs from itself"],
+    ["Noise", percent(report.noise), "spread within a run"],
   ]);
   byId("validation-chart").hidden = false;
   validationChart.draw();
