@@ -52,19 +52,14 @@ def merge_by_metric(tokens: Tokens, metric: Tensor, step: Step, recorder: Record
 
 def merge_tokens(tokens: Tokens, match: TokenMatch) -> Tokens:
     """Merge matched tokens; a merged token keeps the place of its destination, in the order [kept a, all b]."""
-    prefix = tokens.num_prefix
-    patch_size = None if tokens.size is None else tokens.size[:, prefix:]
-    merged, merged_size = merge_matched(tokens.x[:, prefix:], patch_size, match)
+    x, size = merge_matched(tokens.x, tokens.size, match, tokens.num_prefix)
     places = tokens.places
     if places is not None:
+        prefix = tokens.num_prefix
         of_patches = places[:, prefix:]
         kept = of_patches[:, match.a_offset :: 2].gather(1, match.kept)
         places = torch.cat((places[:, :prefix], kept, of_patches[:, 1 - match.a_offset :: 2]), dim=1)
-    return tokens.but(
-        x=torch.cat((tokens.x[:, :prefix], merged), dim=1),
-        size=torch.cat((tokens.sizes()[:, :prefix], merged_size), dim=1),
-        places=places,
-    )
+    return tokens.but(x=x, size=size, places=places)
 
 
 def match_values(match: TokenMatch) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunefront.ops.select import take_tokens, take_values
+from prunefront.ops.tokens import with_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,32 +75,32 @@ def assignment_matrix(destination: Tensor, num_destinations: int) -> Tensor:
     return (destination.unsqueeze(1) == rows[None, :, None]).float()
 
 
-def merge_matched(x: Tensor, size: Tensor | None, match: TokenMatch) -> tuple[Tensor, Tensor]:
+def merge_matched(x: Tensor, size: Tensor | None, match: TokenMatch, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """Average sources into destinations, weighted by token size.
 
+    Each token is read and written once: whole rows from the sequence as it is, since a slice of every other token would
+    be copied first, and joined once, prefix included.
+
     Args:
-        x: Non-prefix tokens, (B, N, C).
+        x: Tokens, prefix first, (B, N, C).
         size: Their sizes, (B, N) in float32, or None for all ones.
-        match: Of these tokens.
+        match: Of the non-prefix tokens.
+        num_prefix_tokens: Leading tokens that stay as they are.
 
     Returns:
-        Merged tokens (B, N - r, C) in the order [kept a, all b], and their sizes (B, N - r).
+        Tokens (B, N - r, C) in the order [prefix, kept a, all b], and their sizes (B, N - r).
     """
-    x_a, x_b = x[:, match.a_offset :: 2], x[:, 1 - match.a_offset :: 2]
-    kept, sources = take_tokens(x_a, match.kept), take_tokens(x_a, match.source)
-    adds = assignment_matrix(match.destination, x_b.shape[1])
     if size is None:
-        total = adds.sum(dim=-1) + 1
-        kept_size = torch.ones_like(match.kept, dtype=total.dtype)
-        weighted = x_b
-    else:
-        size_a, size_b = size[:, match.a_offset :: 2], size[:, 1 - match.a_offset :: 2]
-        adds = adds * take_values(size_a, match.source).unsqueeze(1)
-        total = adds.sum(dim=-1) + size_b
-        kept_size = take_values(size_a, match.kept)
-        weighted = x_b * size_b.unsqueeze(-1).to(x.dtype)
-    merged = (weighted + adds.to(x.dtype) @ sources) / total.unsqueeze(-1).to(x.dtype)
-    return torch.cat((kept, merged), dim=1), torch.cat((kept_size, total), dim=1)
+        size = torch.ones(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    first_a, first_b = num_prefix_tokens + match.a_offset, num_prefix_tokens + 1 - match.a_offset
+    x_b, size_b = x[:, first_b::2], size[:, first_b::2]
+    sources = first_a + 2 * match.source
+    stay = with_prefix(match.a_offset + 2 * match.kept, num_prefix_tokens)
+    adds = assignment_matrix(match.destination, x_b.shape[1]) * take_values(size, sources).unsqueeze(1)
+    total = adds.sum(dim=-1) + size_b
+    weights, own_weight = adds / total.unsqueeze(-1), (size_b / total).unsqueeze(-1)
+    merged = torch.addcmul(weights.to(x.dtype) @ take_tokens(x, sources), x_b, own_weight.to(x.dtype))
+    return torch.cat((take_tokens(x, stay), merged), dim=1), torch.cat((take_values(size, stay), total), dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,10 @@ def match_tail(x: Tensor, kept: int) -> TailMatch:
         x: Non-prefix tokens sorted by importance, (B, N, C); compared by cosine similarity of the features themselves.
         kept: Leading tokens that stay, 1 <= kept <= N.
     """
-    unit = F.normalize(x, dim=-1)
-    similarity, destination = (unit[:, kept:] @ unit[:, :kept].transpose(-2, -1)).max(dim=-1)
+    # Products are divided by the norms: normalised tokens would be another copy of all of them.
+    norm = x.float().square().sum(dim=-1).sqrt().clamp(min=1e-12)
+    products = (x[:, kept:] @ x[:, :kept].transpose(-2, -1)).float()
+    similarity, destination = (products / norm[:, None, :kept] / norm[:, kept:, None]).max(dim=-1)
     return TailMatch(first=kept, destination=destination, similarity=similarity)
 
 

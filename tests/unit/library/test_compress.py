@@ -101,17 +101,28 @@ def test_sizes_and_origins_account_for_every_token(name: str) -> None:
         assert (aux.size.sum(dim=1) == 37).all()
 
 
-def test_tome_conserves_the_weighted_sum_of_tokens() -> None:
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_tome_conserves_the_weighted_sum_of_tokens(prefix: int, sized: bool) -> None:
     from prunefront.ops.merge import bipartite_match, merge_matched
 
     generator = torch.Generator().manual_seed(0)
-    x, size = torch.randn(2, 21, 8, generator=generator), torch.randint(1, 5, (2, 21), generator=generator).float()
-    merged, merged_size = merge_matched(x, size, bipartite_match(x, 9, num_prefix_tokens=1))
-    assert merged.shape == (2, 12, 8)
+    tokens = 21 + prefix
+    x = torch.randn(2, tokens, 8, generator=generator)
+    size = torch.randint(1, 5, (2, tokens), generator=generator).float() if sized else None
+    match = bipartite_match(x[:, prefix:], 9, num_prefix_tokens=prefix)
+    merged, merged_size = merge_matched(x, size, match, prefix)
+    size = torch.ones(2, tokens) if size is None else size
+    assert merged.shape == (2, tokens - 9, 8)
     torch.testing.assert_close(
         (merged * merged_size[..., None]).sum(1), (x * size[..., None]).sum(1), atol=1e-4, rtol=0
     )
     torch.testing.assert_close(merged_size.sum(1), size.sum(1))
+    # The prefix, and the kept tokens of set a in their order, are as they were.
+    torch.testing.assert_close(merged[:, :prefix], x[:, :prefix], atol=0, rtol=0)
+    kept = prefix + match.a_offset + 2 * match.kept
+    for image in range(2):
+        torch.testing.assert_close(merged[image, prefix : prefix + kept.shape[1]], x[image, kept[image]])
 
 
 def test_fused_token_is_the_score_weighted_sum_of_what_was_dropped() -> None:
