@@ -65,7 +65,7 @@ from latency_tables.parts import (
     biased_attentions,
     measured_kinds,
 )
-from latency_tables.predict import Predictor
+from latency_tables.predict import Predictor, corrected_ms
 from latency_tables.probe import CALL, IDLE, Probe, Stage, timed_by, without_mlp
 from latency_tables.schedules import random_configs
 from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime, WeightMemory
@@ -619,7 +619,13 @@ class _Build:
             )
             for config, ms, iqr in whole_models
         ]
-        return plain.evolve(correction=fit_correction(models))
+        correction = fit_correction(models)
+        dense = [model for model, (config, _, _) in zip(models, whole_models, strict=True) if not config.sites]
+        if dense:
+            # The canary is the dense model, with far more samples than it has as one of the whole models.
+            predicted_ms = corrected_ms(dense[0].part_sums, correction.intercept_ms, correction.factors)
+            correction = correction.model_copy(update={"dense_factor": canary_ms / predicted_ms})
+        return plain.evolve(correction=correction)
 
     # --- subjects -------------------------------------------------------------------------------------------------
 

@@ -190,8 +190,12 @@ class Predictor:
         rest_ms = in_proportion(self._stem, first) + self._head(last)
         memory = self._memory
         plain = Prediction(latency_ms=0.0, rest_ms=rest_ms, blocks=tuple(blocks))
+        correction = self._correction
+        latency_ms = corrected_ms(plain.part_sums, correction.intercept_ms, correction.factors)
+        if not any(block.steps for block in schedule.blocks):
+            latency_ms *= correction.dense_factor
         return Prediction(
-            latency_ms=corrected_ms(plain.part_sums, self._correction.intercept_ms, self._correction.factors),
+            latency_ms=latency_ms,
             rest_ms=plain.rest_ms,
             blocks=plain.blocks,
             peak_memory_mib=None if memory is None else memory.peak_mib(schedule, working_mib),

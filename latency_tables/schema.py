@@ -99,11 +99,15 @@ class WeightMemory(StrictModel):
 class Correction(StrictModel):
     """What whole models cost beyond the sum of their parts, fitted on a few of them.
 
-    latency = intercept + Σ over parts of factor · (sum of that part's entries); a part without a factor has 1.
+    latency = intercept + Σ over parts of factor · (sum of that part's entries); a part without a factor has 1. That of
+    a schedule that reduces nothing is multiplied by ``dense_factor``.
     """
 
     intercept_ms: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     factors: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    dense_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=1.0, description="Measured over predicted latency of the dense model, which every speed-up rests on."
+    )
     num_models: Annotated[int, Field(ge=0)] = Field(default=0, description="Whole models the fit saw.")
     mape_before: float | None = Field(default=None, description="Mean absolute error on them of the plain sum, 0-1.")
     mape_after: float | None = Field(default=None, description="The same after the fit, 0-1; not held out.")

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -31,19 +30,15 @@ class Blocks(ABC):
     """A family of pre-norm transformer blocks. Branches come out with layer scale and stochastic depth applied."""
 
     def whole(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
-        """The block as its library runs it: tokens (B, N, C) to (B, N, C).
-
-        In halves where the batch is packed, or keys are masked: before 1.0.30 timm adds a boolean mask to the logits
-        where its attention is not fused.
-        """
-        if tokens.packing is None and (bias is None or bias.dtype != torch.bool):
+        """The block as its library runs it: tokens (B, N, C) to (B, N, C). In halves where the batch is packed."""
+        if tokens.packing is None:
             return self._as_library(block, tokens, bias)
         x = tokens.x + self.attention(block, tokens, bias)[0]
         return x + self.mlp(block, x)
 
     @abstractmethod
     def _as_library(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> Tensor:
-        """`whole` for a batch that is not packed, under no mask."""
+        """`whole` for a batch that is not packed."""
 
     @abstractmethod
     def attention(self, block: nn.Module, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, AttentionState]:

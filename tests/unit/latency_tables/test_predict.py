@@ -103,6 +103,13 @@ def test_the_correction_scales_each_part() -> None:
     assert predict_latency_ms(table, config) == pytest.approx(expected)
 
 
+def test_the_dense_model_is_predicted_as_it_was_measured_and_no_other() -> None:
+    table = simple_table(correction=Correction(intercept_ms=7.0, dense_factor=0.9))
+    dense, pruned = config_of("hybrid"), config_of("evit", {"block": 1, "op": "prune", "tokens": 8})
+    assert predict_latency_ms(table, dense) == pytest.approx(0.9 * (7.0 + predict_latency_ms(TABLE, dense)))
+    assert predict_latency_ms(table, pruned) == pytest.approx(7.0 + predict_latency_ms(TABLE, pruned))
+
+
 def test_proportional_attention_costs_its_bias_only_once_tokens_were_merged() -> None:
     table = simple_table(
         entries=(*TABLE.entries, entry("attention.sized", 9, 9, 18.5), entry("attention.sized", 17, 17, 36.0))
