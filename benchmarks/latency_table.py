@@ -111,29 +111,25 @@ def run_of(
 
 def summary(run: dict[str, Any], device: DeviceInfo) -> str:
     low, high = run["share_of_dense"]
-    return "\n".join(
-        (
-            f"{run['model']}, {device.name}, {device.threads} threads, "
-            f"{run['runtime']}, {run['dtype']}, batch {run['batch_size']}; load {run['load_before']}",
-            f"built in {run['build_s']:.0f} s (claim: {CLAIMED_BUILD_S:.0f} s), {run['num_entries']} entries, "
-            f"{run['num_noisy_entries']} noisy",
-            f"mean absolute error {run['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {run['bias']:+.2%}, on "
-            f"{run['num_schedules']} held-out schedules of {low:.0%} to {high:.0%} of dense",
-            f"within 5 %: {run['within_5_percent']:.0%}, within 10 %: {run['within_10_percent']:.0%}, "
-            f"Kendall's tau {run['kendall_tau']}, noise {run['noise']:.2%}",
-            f"of speed-ups: mean absolute error {run['speedup_mape']:.2%}, within 5 %: "
-            f"{run['speedup_within_5_percent']:.0%}, within 10 %: {run['speedup_within_10_percent']:.0%}, "
-            f"Kendall's tau {run['speedup_kendall_tau']}; the machine's speed moved by {run['dense_drift']:.0%}",
-            *(
-                [
-                    f"measured again, {run['num_remeasured']} schedules differed by {run['remeasured_mape']:.2%} in "
-                    f"latency and {run['remeasured_speedup_mape']:.2%} in speed-up"
-                ]
-                if run["num_remeasured"]
-                else []
-            ),
+    lines = [
+        f"{run['model']}, {device.name}, {device.threads} threads, "
+        f"{run['runtime']}, {run['dtype']}, batch {run['batch_size']}; load {run['load_before']}",
+        f"built in {run['build_s']:.0f} s (claim: {CLAIMED_BUILD_S:.0f} s), {run['num_entries']} entries, "
+        f"{run['num_noisy_entries']} noisy",
+        f"mean absolute error {run['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {run['bias']:+.2%}, on "
+        f"{run['num_schedules']} held-out schedules of {low:.0%} to {high:.0%} of dense",
+        f"within 5 %: {run['within_5_percent']:.0%}, within 10 %: {run['within_10_percent']:.0%}, "
+        f"Kendall's tau {run['kendall_tau']}, noise {run['noise']:.2%}",
+        f"of speed-ups: mean absolute error {run['speedup_mape']:.2%}, within 5 %: "
+        f"{run['speedup_within_5_percent']:.0%}, within 10 %: {run['speedup_within_10_percent']:.0%}, "
+        f"Kendall's tau {run['speedup_kendall_tau']}; the machine's speed moved by {run['dense_drift']:.0%}",
+    ]
+    if run["num_remeasured"]:
+        lines.append(
+            f"measured again, {run['num_remeasured']} schedules differed by {run['remeasured_mape']:.2%} in latency "
+            f"and {run['remeasured_speedup_mape']:.2%} in speed-up"
         )
-    )
+    return "\n".join(lines)
 
 
 def _show(done: float, total: float, message: str) -> None:

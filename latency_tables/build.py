@@ -389,12 +389,12 @@ class _Build:
         chains = [
             *(self._plan_chain(count) for count in counts),
             *(
-                self._plan_chain(count, with_mlp=False)
+                self._plan_chain(count, (ATTENTION,))
                 for count in settings.step_token_counts(self.geometry)
                 if count not in counts
             ),
             *(
-                self._plan_chain(count, attention, with_mlp=False)
+                self._plan_chain(count, (attention,))
                 for attention in biased_attentions(self.geometry)
                 for count in settings.sized_token_counts(self.geometry)
             ),
@@ -632,31 +632,28 @@ class _Build:
     def _ready(self, module: nn.Module) -> Forward:
         return prepare(module, self.runtime, self.dtype, self.device)
 
-    def _plan_chain(self, tokens: int, attention: str = ATTENTION, *, with_mlp: bool = True) -> _Planned:
-        halves = (attention, MLP) if with_mlp else (attention,)
+    def _plan_chain(self, tokens: int, halves: tuple[str, ...] = (ATTENTION, MLP)) -> _Planned:
         return _Planned(
-            entries={half: (half, tokens, tokens) for half in halves},
-            make=partial(self._chain, tokens, attention, with_mlp),
+            entries={half: (half, tokens, tokens) for half in halves}, make=partial(self._chain, tokens, halves)
         )
 
-    def _chain(self, tokens: int, attention: str, with_mlp: bool) -> _Part:
+    def _chain(self, tokens: int, halves: Sequence[str]) -> _Part:
         """Some blocks one after the other on ``tokens`` tokens, a lap per half; other blocks in every sample."""
         x = self.tokens[:, :tokens].contiguous()
-        pairs = [
-            (self._ready(AttentionHalf(block, self.frame, attention)), self._ready(MlpHalf(block, self.frame)))
-            for block in self._timed_blocks
-        ]
-        turns = itertools.cycle(pairs)
-        count = min(len(pairs), self.settings.chain_blocks)
+
+        def ready(block: Block, half: str) -> Forward:
+            return self._ready(MlpHalf(block, self.frame) if half == MLP else AttentionHalf(block, self.frame, half))
+
+        blocks = [[(half, ready(block, half)) for half in halves] for block in self._timed_blocks]
+        turns = itertools.cycle(blocks)
+        count = min(len(blocks), self.settings.chain_blocks)
 
         def subject(lap: Lap) -> None:
             h = x
-            for attention_half, mlp_half in itertools.islice(turns, count):
-                h = attention_half(h)
-                lap(attention)
-                if with_mlp:
-                    h = mlp_half(h)
-                    lap(MLP)
+            for block in itertools.islice(turns, count):
+                for half, forward in block:
+                    h = forward(h)
+                    lap(half)
 
         # From the second block on, the input is what the block before made.
         return _Part(subject=subject, input=x if count == 1 else None)

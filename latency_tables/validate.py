@@ -244,12 +244,12 @@ def _mape(values: NDArray[np.float64], references: NDArray[np.float64]) -> float
 
 def memory_mape(points: Sequence[ValidationPoint]) -> float | None:
     """Mean absolute relative error of peak memory over the points that tell both; None where none does."""
-    errors = [
-        abs(point.predicted_memory_mib / point.measured_memory_mib - 1.0)
+    known = [
+        (point.predicted_memory_mib, point.measured_memory_mib)
         for point in points
         if point.predicted_memory_mib is not None and point.measured_memory_mib
     ]
-    return statistics.fmean(errors) if errors else None
+    return _mape(*np.array(known, dtype=float).reshape(-1, 2).T)
 
 
 def error_figures(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> dict[str, float | None]:

@@ -52,7 +52,7 @@ def merge_by_metric(tokens: Tokens, metric: Tensor, step: Step, recorder: Record
 
 def merge_tokens(tokens: Tokens, match: TokenMatch) -> Tokens:
     """Merge matched tokens; a merged token keeps the place of its destination, in the order [kept a, all b]."""
-    x, size = merge_matched(tokens.x, tokens.size, match, tokens.num_prefix)
+    x, size = merge_matched(tokens.x, tokens.sizes(), match, tokens.num_prefix)
     places = tokens.places
     if places is not None:
         prefix = tokens.num_prefix

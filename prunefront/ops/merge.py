@@ -75,7 +75,7 @@ def assignment_matrix(destination: Tensor, num_destinations: int) -> Tensor:
     return (destination.unsqueeze(1) == rows[None, :, None]).float()
 
 
-def merge_matched(x: Tensor, size: Tensor | None, match: TokenMatch, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+def merge_matched(x: Tensor, size: Tensor, match: TokenMatch, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """Average sources into destinations, weighted by token size.
 
     Each token is read and written once: whole rows from the sequence as it is, since a slice of every other token would
@@ -83,15 +83,13 @@ def merge_matched(x: Tensor, size: Tensor | None, match: TokenMatch, num_prefix_
 
     Args:
         x: Tokens, prefix first, (B, N, C).
-        size: Their sizes, (B, N) in float32, or None for all ones.
+        size: Their sizes, (B, N) in float32.
         match: Of the non-prefix tokens.
         num_prefix_tokens: Leading tokens that stay as they are.
 
     Returns:
         Tokens (B, N - r, C) in the order [prefix, kept a, all b], and their sizes (B, N - r).
     """
-    if size is None:
-        size = torch.ones(x.shape[1], device=x.device).expand(x.shape[0], -1)
     first_a, first_b = num_prefix_tokens + match.a_offset, num_prefix_tokens + 1 - match.a_offset
     x_b, size_b = x[:, first_b::2], size[:, first_b::2]
     sources = first_a + 2 * match.source

@@ -109,10 +109,9 @@ def test_tome_conserves_the_weighted_sum_of_tokens(prefix: int, sized: bool) -> 
     generator = torch.Generator().manual_seed(0)
     tokens = 21 + prefix
     x = torch.randn(2, tokens, 8, generator=generator)
-    size = torch.randint(1, 5, (2, tokens), generator=generator).float() if sized else None
+    size = torch.randint(1, 5, (2, tokens), generator=generator).float() if sized else torch.ones(2, tokens)
     match = bipartite_match(x[:, prefix:], 9, num_prefix_tokens=prefix)
     merged, merged_size = merge_matched(x, size, match, prefix)
-    size = torch.ones(2, tokens) if size is None else size
     assert merged.shape == (2, tokens - 9, 8)
     torch.testing.assert_close(
         (merged * merged_size[..., None]).sum(1), (x * size[..., None]).sum(1), atol=1e-4, rtol=0
