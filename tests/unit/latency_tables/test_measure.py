@@ -12,6 +12,7 @@ from latency_tables.measure import (
     Lap,
     LapSamples,
     MeasureSettings,
+    Subject,
     WallStopwatch,
     interleave,
     measure_models,
@@ -86,8 +87,8 @@ def test_drift_of_the_machine_is_cancelled_by_the_canary() -> None:
 
 
 def test_a_machine_that_changes_its_speed_between_two_runs_of_the_canary_is_cancelled() -> None:
-    # Slow by half for 80 ms of every 200 ms; the canary runs every 380 ms or so.
-    clock = FakeClock(lambda now: 1.5 if now % 0.2 < 0.08 else 1.0)
+    # Slow by half for 160 ms of every 400 ms; the canary runs every 760 ms or so.
+    clock = FakeClock(lambda now: 1.5 if now % 0.4 < 0.16 else 1.0)
     ms = {"a": 4.0, "b": 8.0, "c": 2.0}
     runs = interleave(
         {key: clock.subject(time) for key, time in ms.items()},
@@ -102,6 +103,32 @@ def test_a_machine_that_changes_its_speed_between_two_runs_of_the_canary_is_canc
         assert statistics.median(runs[key].laps[WHOLE]) / runs[key].canary_ms == pytest.approx(time / 10.0, rel=0.02)
 
 
+@pytest.mark.parametrize(("canary_ms", "expected_ms"), [(50.0, 4.0), (250.0, 6.0)])
+def test_a_short_sample_finds_the_caches_as_its_own_model_left_them(canary_ms: float, expected_ms: float) -> None:
+    """Each call that follows one of another model takes 2 ms longer; beside long ones that does not matter."""
+    clock = FakeClock()
+    last = ""
+
+    def subject(name: str, ms: float) -> Subject:
+        def run(lap: Lap) -> None:
+            nonlocal last
+            clock.work(ms if last == name else ms + 2.0)
+            last = name
+            lap(WHOLE)
+
+        return run
+
+    runs = interleave(
+        {"a": subject("a", 4.0), "b": subject("b", 4.0)},
+        canary=subject("canary", canary_ms),
+        stopwatch=WallStopwatch(clock),
+        settings=SETTINGS,
+    )
+    for key in ("a", "b"):
+        assert statistics.median(runs[key].laps[WHOLE]) == pytest.approx(expected_ms, rel=0.02)
+    assert runs["a"].canary_ms == pytest.approx(canary_ms + expected_ms - 4.0, rel=0.02)
+
+
 def spread(samples: Sequence[float]) -> float:
     """Interquartile range over the median."""
     q1, median, q3 = statistics.quantiles(samples, n=4)
@@ -111,7 +138,7 @@ def spread(samples: Sequence[float]) -> float:
 def test_the_noise_of_a_model_of_its_own_stays_in_its_spread() -> None:
     clock = FakeClock()
     runs = interleave(
-        {"steady": clock.subject(4.0), "shaky": clock.subject(4.0, 6.0), "other": clock.subject(3.0)},
+        {"steady": clock.subject(4.0), "shaky": clock.subject(4.0, 4.0, 6.0, 6.0), "other": clock.subject(3.0)},
         canary=clock.subject(10.0),
         stopwatch=WallStopwatch(clock),
         settings=SETTINGS,
@@ -152,13 +179,14 @@ def test_canary_takes_its_share_of_the_sampling_time() -> None:
         stopwatch=WallStopwatch(clock),
         settings=MeasureSettings(min_rounds=80, canary_share=0.2),
     )
-    # 80 ms of samples and one canary of 2 ms after every 8 ms, besides the first and the last.
-    assert runs["canary"] == 12
+    # 80 ms of samples and one canary of 2 ms after every 8 ms, besides the first and the last; all but the first, which
+    # tells how long it takes, follow an untimed call.
+    assert runs["canary"] == 1 + 11 * 2
 
 
 def test_noise_that_stays_is_reported_with_its_reason_after_three_attempts() -> None:
     clock = FakeClock()
-    models = {"dense": clock.model(10.0), "shaky": clock.model(4.0, 6.0)}
+    models = {"dense": clock.model(10.0), "shaky": clock.model(4.0, 4.0, 6.0, 6.0)}
     messages: list[str] = []
     measured = measure_models(
         models,
@@ -207,7 +235,7 @@ def test_a_steady_neighbour_makes_a_run_noisy_though_it_leaves_no_spread(cores: 
 
 
 def test_a_canary_that_moves_too_much_makes_a_run_noisy() -> None:
-    clock = FakeClock(lambda now: 1.0 if now < 0.3 else 2.0)
+    clock = FakeClock(lambda now: 1.0 if now < 0.6 else 2.0)
     measured = measure_models(
         {"dense": clock.model(10.0)},
         IMAGES,
@@ -233,10 +261,10 @@ def test_batches_take_turns() -> None:
         [torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)],
         device="cpu",
         canary="dense",
-        settings=MeasureSettings(warmup_rounds=2, min_rounds=4, max_rounds=4),
+        settings=MeasureSettings(warmup_rounds=4, min_rounds=4, max_rounds=4),
         stopwatch=WallStopwatch(clock),
     )
-    assert set(seen[:2]) == {0.0, 1.0}
+    assert seen[:4] == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_measuring_stops_when_asked() -> None:
