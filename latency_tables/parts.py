@@ -17,6 +17,7 @@ from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from latency_tables import opaque
 from prunefront.backbones.eva import EVA_BLOCKS, embed
 from prunefront.backbones.vit import VIT_BLOCKS
 from prunefront.blocks import Blocks
@@ -105,14 +106,21 @@ class AttentionHalf(nn.Module):
     def _bias(self, x: Tensor) -> Tensor | None:
         batch, tokens, _ = x.shape
         if self.entry == SIZED_ATTENTION:
-            return log_size_bias(torch.full((batch, tokens), 2.0, device=x.device), x.dtype)
+            return log_size_bias(_unknown(torch.full((batch, tokens), 2.0, device=x.device)), x.dtype)
         return all_connections(x) if self.entry == MASKED_ATTENTION else None
 
 
 def all_connections(x: Tensor) -> Tensor:
     """A mask that leaves all open, which costs what any other does: (B, 1, N, N) for tokens (B, N, C)."""
     batch, tokens, _ = x.shape
-    return torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=x.device)
+    return _unknown(torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=x.device))
+
+
+def _unknown(x: Tensor) -> Tensor:
+    """The same, of which a compiler does not know that it is constant, and so computes what is made of it each time."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        opaque.use(x)
+    return x
 
 
 class MlpHalf(nn.Module):
@@ -141,10 +149,14 @@ class ReducingBlock(nn.Module):
         self.predictor = None if predictor is None else predictor.to(next(block.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.tokens_left(x).x
+
+    def tokens_left(self, x: Tensor) -> Tokens:
+        """What goes on to the next block of tokens (B, N, C)."""
         tokens, call = self.frame.tokens(x), Call(options=self.kind.options, predictor=self.predictor)
         if self.kind.masks_attention:
             tokens = tokens.but(mask=all_connections(x))
-        return self.method.forward_block(self.frame.blocks, self.block, tokens, self.steps, call).x
+        return self.method.forward_block(self.frame.blocks, self.block, tokens, self.steps, call)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -20,7 +21,7 @@ from latency_tables.csv_import import export_csv, import_csv
 from latency_tables.device import describe_device
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.measure import MeasureSettings, Subject
-from latency_tables.parts import REDUCTION_KINDS, Frame, ReducingBlock
+from latency_tables.parts import REDUCTION_KINDS, AttentionHalf, Frame, ReducingBlock
 from latency_tables.plot import plot_table
 from latency_tables.predict import predict_distribution, predict_latency_ms
 from latency_tables.schema import Correction, LatencyTable, ValidationReport
@@ -352,12 +353,28 @@ def test_a_real_clock_builds_a_table() -> None:
     assert table.correction.num_models == 5
 
 
+def test_samples_take_turns_through_the_blocks_whatever_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a block that another sample has just used would come from the cache."""
+    used: list[nn.Module] = []
+    for kind in (AttentionHalf, ReducingBlock):
+
+        def noted(part: Any, x: Tensor, forward: Callable[[Any, Tensor], Tensor] = kind.forward) -> Tensor:
+            used.append(part.block)
+            return forward(part, x)
+
+        monkeypatch.setattr(kind, "forward", noted)
+    build(settings=dataclasses.replace(FEW_REDUCTIONS, chain_blocks=2, reduction_blocks=2))
+    first = used[:3]
+    assert len(set(first)) == 3
+    assert len(used) > 100
+    assert all(block is first[at % 3] for at, block in enumerate(used))
+
+
 def test_attention_is_timed_on_both_sides_of_its_steps() -> None:
     settings = dataclasses.replace(FEW_REDUCTIONS, token_shares=(0.0, 1.0), max_token_counts=2, attention_step=8)
     assert settings.step_token_counts(geometry_for(TINY)) == [8, 9, 16, 17]
     table = build(settings=settings)
     assert [entry.tokens_in for entry in table.entries_by_name["attention"]] == [2, 8, 9, 16, 17]
-    assert [entry.tokens_in for entry in table.entries_by_name["mlp"]] == [2, 17]
     batch, width, tokens = 2, 48, 9
     flops = batch * (tokens * 2 * 4 * width * width + 2 * 2 * tokens * tokens * width)
     assert table.latencies_ms["attention"][9, 9] == pytest.approx(flops / 1e5 + 1e-3)

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import prunefront.runtimes
 from latency_tables.build import build_table, settings_for
-from latency_tables.measure import WHOLE, Lap, WallStopwatch
+from latency_tables.measure import Lap, WallStopwatch
 from latency_tables.parts import AttentionHalf, Frame, Head, MlpHalf, Stem
 from latency_tables.predict import predict_latency_ms
 from latency_tables.probe import CALL, FEED, IDLE, IDLE_LAPS, Probe, Stage, timed_by
@@ -24,7 +24,7 @@ from tests.integration.latency_tables.test_build import ONCE, WorkStopwatch
 from tests.unit.latency_tables.fakes import TINY
 
 CPU = torch.device("cpu")
-LAPS = [CALL, FEED, *[IDLE] * IDLE_LAPS, WHOLE, "stem", FEED, "attention", "mlp", FEED, "few", FEED, "head"]
+LAPS = [CALL, FEED, *[IDLE] * IDLE_LAPS, "stem", FEED, "attention", "mlp", FEED, "few", FEED, "head"]
 
 
 def probe() -> Probe:
@@ -36,7 +36,7 @@ def probe() -> Probe:
         Stage(tokens=5, parts=(("few", MlpHalf(blocks[1], frame)),)),
         Stage(tokens=17, parts=(("head", Head(model)),)),
     ]
-    return Probe(model, ("stem", Stem(model)), stages).eval()
+    return Probe(("stem", Stem(model)), stages).eval()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,6 @@ def test_a_probe_times_every_part_once() -> None:
     assert ms["mlp"] == pytest.approx(mlp + 1e-3)
     assert ms["few"] == pytest.approx(mlp * 5 / 17 + 1e-3)
     assert ms[IDLE] == pytest.approx(1e-3)
-    assert ms[WHOLE] > 3 * (ms["attention"] + ms["mlp"])
 
 
 @pytest.mark.compile
@@ -97,7 +96,7 @@ def test_a_compiled_table_holds_what_other_reductions_are_made_of(table: Latency
 
 def test_a_whole_block_is_charged_its_mlp(table: LatencyTable) -> None:
     by_key = {entry.key: entry.median_ms for entry in table.entries}
-    (merge,) = (entry for entry in table.entries if entry.entry == "block.tome.merge")
+    (merge,) = (entry for entry in table.entries if (entry.entry, entry.tokens_in) == ("block.tome.merge", 17))
     mlp = 2 * merge.tokens_out * 2 * 2 * 48 * 4 * 48 / 1e5
     assert merge.median_ms - by_key["attention", 17, 17] - mlp == pytest.approx(0.0, abs=0.3 * mlp)
 
