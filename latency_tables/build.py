@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,7 @@ logger = logging.getLogger(__name__)
 
 # No seed of a validation (below 2**32) draws these schedules.
 CORRECTION_SEED = 2**32 + 1
+MOST_STEPS = 16  # Of attention that a build times; longer sequences have more.
 EntryKey = tuple[str, int, int]  # Name, tokens entering, tokens left.
 
 
@@ -97,7 +99,7 @@ class BuildSettings:
     token_shares: tuple[float, ...]  # First token counts, as shares of all tokens.
     sized_shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)  # The same where tokens have sizes, or attention a mask.
     # Attention gets cheaper, not dearer, right after each multiple of this: rows of its products are padded to vectors
-    # and tiles. It is timed on both sides of each; None where that takes too long.
+    # and tiles. Halves are timed on both sides of each; None where that takes too long.
     attention_step: int | None = 16
     max_token_counts: int  # Adaptive refinement stops there.
     least_gap: int = 8  # Token counts closer than this are not refined between.
@@ -118,13 +120,12 @@ class BuildSettings:
         return _counts(self.token_shares, geometry, least_patches=1)
 
     def step_token_counts(self, geometry: ModelGeometry) -> list[int]:
-        """Token counts on both sides of every step of attention, ascending."""
+        """Token counts on both sides of the steps of attention, ascending; of some of them where they are many."""
         if self.attention_step is None:
             return []
         least = geometry.num_prefix_tokens + 1
-        sides = {
-            at + side for at in range(self.attention_step, geometry.num_tokens, self.attention_step) for side in (0, 1)
-        }
+        stride = self.attention_step * math.ceil(geometry.num_tokens / (self.attention_step * MOST_STEPS))
+        sides = {at + side for at in range(stride, geometry.num_tokens, stride) for side in (0, 1)}
         return sorted(count for count in sides if least <= count <= geometry.num_tokens)
 
     def sized_token_counts(self, geometry: ModelGeometry) -> list[int]:
@@ -181,7 +182,7 @@ def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     if device.type == "cuda":
         steps = tuple(step / 16 for step in range(17))
         return BuildSettings(token_shares=steps, sized_shares=steps, max_token_counts=64, least_gap=2, tolerance=0.02)
-    return BuildSettings(token_shares=(0.0, 0.125, 0.25, 0.5, 0.75, 1.0), max_token_counts=12)
+    return BuildSettings(token_shares=(0.0, 0.25, 0.5, 0.75, 1.0), max_token_counts=48)
 
 
 def quick_settings() -> BuildSettings:
@@ -399,10 +400,10 @@ class _Build:
 
     def _measure_blocks(self) -> None:
         settings = self.settings
-        counts = settings.token_counts(self.geometry)
+        counts = sorted({*settings.token_counts(self.geometry), *settings.step_token_counts(self.geometry)})
         ends = [self._plan_stem(), *(self._plan_head(count) for count in settings.head_token_counts(self.geometry))]
         chains = [
-            *(self._plan_chain(count) for count in sorted({*counts, *settings.step_token_counts(self.geometry)})),
+            *(self._plan_chain(count) for count in counts),
             *(
                 self._plan_chain(count, attention)
                 for attention in biased_attentions(self.geometry)
@@ -439,15 +440,15 @@ class _Build:
     def _measure_reductions(self) -> None:
         settings = self.settings
         kinds = measured_kinds(self.geometry, composed=self.runtime not in SLOW_TO_PREPARE)
-        rows = settings.reduction_token_counts(self.geometry)
-        for number, tokens in enumerate(rows):
-            planned: dict[EntryKey, _Planned] = {}
-            for kind, removed in itertools.product(kinds, settings.reduction_removed):
-                one = self._plan_reduction(kind, tokens, removed)
-                if one is not None:
-                    planned[next(iter(one.entries.values()))] = one
-            start, end = number / len(rows), (number + 1) / len(rows)
-            self._group("reductions", list(planned.values()), settings.reductions, start, end)
+        planned: dict[EntryKey, _Planned] = {}
+        for tokens, kind, removed in itertools.product(
+            settings.reduction_token_counts(self.geometry), kinds, settings.reduction_removed
+        ):
+            one = self._plan_reduction(kind, tokens, removed)
+            if one is not None:
+                planned[next(iter(one.entries.values()))] = one
+        # In one run: the dense model brings all to one speed, but a machine may change more than that.
+        self._group("reductions", list(planned.values()), settings.reductions, 0.0, 1.0)
 
     def _measure_probes(self) -> None:
         """Halves and ends as one compiled graph, reductions and biased attention as another (`probe`).

@@ -373,8 +373,12 @@ def test_samples_take_turns_through_the_blocks_whatever_they_are_of(monkeypatch:
 def test_attention_is_timed_on_both_sides_of_its_steps() -> None:
     settings = dataclasses.replace(FEW_REDUCTIONS, token_shares=(0.0, 1.0), max_token_counts=2, attention_step=8)
     assert settings.step_token_counts(geometry_for(TINY)) == [8, 9, 16, 17]
+    # 24 x 24 patches and a class token have 72 steps of 8, of which every fifth is timed.
+    large = geometry_for(TINY.model_copy(update={"img_size": 192}))
+    assert settings.step_token_counts(large) == [at + side for at in range(40, 577, 40) for side in (0, 1)]
     table = build(settings=settings)
-    assert [entry.tokens_in for entry in table.entries_by_name["attention"]] == [2, 8, 9, 16, 17]
+    for half in ("attention", "mlp"):
+        assert [entry.tokens_in for entry in table.entries_by_name[half]] == [2, 8, 9, 16, 17]
     batch, width, tokens = 2, 48, 9
     flops = batch * (tokens * 2 * 4 * width * width + 2 * 2 * tokens * tokens * width)
     assert table.latencies_ms["attention"][9, 9] == pytest.approx(flops / 1e5 + 1e-3)

@@ -8,11 +8,21 @@ from typing import cast
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch._inductor.utils import run_and_get_code
 
 import prunefront.runtimes
 from latency_tables.build import build_table, settings_for
 from latency_tables.measure import Lap, WallStopwatch
-from latency_tables.parts import AttentionHalf, Frame, Head, MlpHalf, Stem
+from latency_tables.parts import (
+    MASKED_ATTENTION,
+    REDUCTION_KINDS,
+    AttentionHalf,
+    Frame,
+    Head,
+    MlpHalf,
+    ReducingBlock,
+    Stem,
+)
 from latency_tables.predict import predict_latency_ms
 from latency_tables.probe import CALL, FEED, IDLE, IDLE_LAPS, Probe, Stage, timed_by
 from latency_tables.schema import LatencyTable
@@ -62,6 +72,35 @@ def test_a_probe_times_every_part_once() -> None:
     assert ms["mlp"] == pytest.approx(mlp + 1e-3)
     assert ms["few"] == pytest.approx(mlp * 5 / 17 + 1e-3)
     assert ms[IDLE] == pytest.approx(1e-3)
+
+
+def test_a_probe_uses_what_a_reduction_leaves_for_the_next_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[int, ...]] = []
+    monkeypatch.setattr("latency_tables.opaque.use", lambda x: used.append(tuple(x.shape)))
+    model = cast(VisionTransformer, create_dense(TINY).eval())
+    stages = []
+    for name in ("evit.prune", "tome.merge", "trilevel.prune:connections"):
+        kind = REDUCTION_KINDS[name]
+        steps = kind.steps(17, 0.25, 1)
+        assert steps is not None and steps[-1].tokens_out == 13
+        part = ReducingBlock(model.blocks[0], kind, steps, Frame.of(model)).eval()
+        stages.append(Stage(tokens=17, parts=((name, part),)))
+    with torch.inference_mode():
+        Probe(("stem", Stem(model)), stages)(torch.randn(2, 3, 32, 32))
+    assert used == [(2, 13), (2, 1, 13, 13)]  # Sizes of merged tokens; a mask of connections.
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_a_compiler_does_not_know_the_mask_that_attention_is_timed_under() -> None:
+    """One that knew it to leave all open would leave it out."""
+    model = cast(VisionTransformer, create_dense(TINY).eval())
+    part, x = AttentionHalf(model.blocks[0], Frame.of(model), MASKED_ATTENTION), torch.randn(2, 17, 48)
+    with torch.inference_mode():
+        expected = part(x)
+        attended, codes = run_and_get_code(torch.compile(part, fullgraph=True), x)
+        torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
+    assert "prunefront.use" in codes[0] or "prunefront::use" in codes[0]
 
 
 @pytest.mark.compile
