@@ -23,6 +23,7 @@ FACTOR_SPREAD = {"attention": 0.15, "mlp": 0.15, "reduction": 0.6, "rest": 0.1}
 INTERCEPT_SPREAD = 0.02  # Of the slowest model.
 LEAST_NOISE = 0.01  # No measurement of a whole model is trusted further, relative.
 FACTOR_RANGE = (0.2, 5.0)
+CONTRADICTED = 0.05  # Mean error on the models themselves beyond which something went wrong while they were measured.
 IMPLAUSIBLE = 4.0  # Spreads from where it is expected: then the machine was not the same for parts and whole models.
 
 
@@ -54,22 +55,23 @@ def fit_correction(models: Sequence[WholeModel]) -> Correction:
     solution = np.linalg.lstsq(
         np.vstack([design, np.diag(1.0 / spreads)]), np.concatenate([target, np.zeros(len(spreads))]), rcond=None
     )[0]
-    if np.any(np.abs(solution) > IMPLAUSIBLE * spreads):
-        logger.warning(
-            "Whole models and their parts do not fit together; the table goes without a correction. Build it again on "
-            "a quieter machine", extra={"action": "fit_correction", "solution": solution.tolist()},
-        )  # fmt: skip
-        before = float(np.mean(np.abs(parts.sum(axis=1) / measured - 1.0)))
-        return Correction(num_models=len(models), mape_before=before, mape_after=before)
+    before = float(np.mean(np.abs(parts.sum(axis=1) / measured - 1.0)))
     factors = {
         part: float(np.clip(1.0 + delta, *FACTOR_RANGE)) for part, delta in zip(PARTS, solution[1:], strict=True)
     }
     intercept_ms = float(solution[0]) * scale
     fitted = np.array([corrected_ms(model.part_sums, intercept_ms, factors) for model in models])
-    before = float(np.mean(np.abs(parts.sum(axis=1) / measured - 1.0)))
     after = float(np.mean(np.abs(fitted / measured - 1.0)))
-    if after > before:
-        # Measurements so noisy that the fit, or keeping it within its range, makes things worse teach nothing.
+    # Measurements so noisy that the fit, or keeping it within its range, makes things worse teach nothing.
+    helps = after <= before and not np.any(np.abs(solution) > IMPLAUSIBLE * spreads)
+    if (after if helps else before) > CONTRADICTED:
+        logger.warning(
+            "Whole models and their parts do not fit together (%.0f%% apart%s). Build the table again on a quieter "
+            "machine",
+            100 * (after if helps else before), "" if helps else "; the table goes without a correction",
+            extra={"action": "fit_correction", "solution": solution.tolist()},
+        )  # fmt: skip
+    if not helps:
         return Correction(num_models=len(models), mape_before=before, mape_after=before)
     return Correction(
         intercept_ms=intercept_ms, factors=factors, num_models=len(models), mape_before=before, mape_after=after

@@ -65,3 +65,20 @@ def test_whole_models_that_met_another_machine_than_their_parts_give_no_correcti
     assert (correction.intercept_ms, correction.factors) == (0.0, {})
     assert correction.mape_after == correction.mape_before
     assert correction.mape_before is not None and correction.mape_before > 0.3
+
+
+def test_whole_models_that_contradict_each_other_give_no_correction_and_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A fit to three of twelve that took 60 % longer would make the other nine wrong."""
+    right = models(12, 0.0, 1.0, 1.0)
+    told = [
+        WholeModel(part_sums=m.part_sums, measured_ms=m.measured_ms * (1.6 if number % 4 == 0 else 1.0))
+        for number, m in enumerate(right)
+    ]
+    correction = fit_correction(told)
+    assert (correction.factors, correction.mape_before) == ({}, pytest.approx(3 / 12 * (1 - 1 / 1.6)))
+    assert "do not fit together (9% apart; the table goes without a correction)" in caplog.text
+    caplog.clear()
+    assert fit_correction(right).factors
+    assert not caplog.text
