@@ -387,7 +387,14 @@ def test_attention_is_timed_on_both_sides_of_its_steps() -> None:
 def test_gpus_get_a_dense_grid_and_compiled_tables_a_sparse_one() -> None:
     eager, gpu = settings_for(torch.device("cpu"), "eager"), settings_for(torch.device("cuda"), "eager")
     compiled = settings_for(torch.device("cpu"), "compile")
-    assert len(compiled.token_shares) < len(eager.token_shares) < len(gpu.token_shares)
+    deit = geometry_for(ModelSpec(name="deit_small_patch16_224"))
+
+    def first_counts(settings: BuildSettings) -> int:
+        return len({*settings.token_counts(deit), *settings.step_token_counts(deit)})
+
+    assert first_counts(compiled) == 5
+    assert first_counts(eager) == 24 + 4  # On both sides of twelve steps, and 2, 98, 148 and 197; 49 is a side, too.
+    assert first_counts(gpu) > first_counts(eager)
     assert compiled.max_token_counts < eager.max_token_counts < gpu.max_token_counts
 
 
