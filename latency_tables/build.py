@@ -368,11 +368,10 @@ class _Build:
         self.done = {entry.key for group in self.partial.groups for entry in group.entries}
         # Tokens as the stem makes them: realistic values, without denormal numbers.
         self.tokens: Tensor = Stem(self.model)(self.images)
-        self.canary = whole_model(self._ready(self.model), [self.images])
-        warm_up(self.canary, self.stopwatch, MeasureSettings())
         if self.runtime == "compile":
             self._measure_probes()
         else:
+            self._start_canary()
             self._measure_blocks()
             self._measure_reductions()
             self._measure_whole_models(self._table())
@@ -397,6 +396,10 @@ class _Build:
             )  # fmt: skip
         self._report("whole models", 1.0, "done")
         return table
+
+    def _start_canary(self) -> None:
+        self.canary = whole_model(self._ready(self.model), [self.images])
+        warm_up(self.canary, self.stopwatch, MeasureSettings())
 
     def _measure_blocks(self) -> None:
         settings = self.settings
@@ -511,6 +514,7 @@ class _Build:
             return
         started = time.monotonic()
         settings = self.settings.blocks
+        self._start_canary()  # Only here: a build that has all its parts need not compile the model.
         subjects: dict[str, Subject] = {}
         rounds: dict[str, int] = {}
         for number, plan in enumerate(plans):
@@ -540,7 +544,7 @@ class _Build:
         )
 
     def _probe(self, plan: _ProbePlan) -> Subject:
-        probe = Probe((STEM, Stem(self.model)), plan.stages)
+        probe = Probe(Stem(self.model), plan.stages)
         forward = self._ready(probe)
 
         def subject(lap: Lap) -> None:
@@ -586,7 +590,10 @@ class _Build:
         makers = {key: partial(self._whole_model, config) for key, config in todo.items()}
         for run in self._runs("whole models", makers, self.settings.models, 0.0, 1.0):
             for key in run.unfit:
-                self._warn_of_unfit(key, todo[key])
+                logger.warning(
+                    "Whole model %s ran out of memory and is left out of the correction", key,
+                    extra={"action": "build_table", "config": todo[key].to_dict()},
+                )  # fmt: skip
             self.partial.append(
                 FinishedGroup(
                     canary_ms=run.canary_ms,
@@ -597,12 +604,6 @@ class _Build:
                     seconds=run.seconds,
                 )
             )
-
-    def _warn_of_unfit(self, name: str, config: PruneConfig) -> None:
-        logger.warning(
-            "Whole model %s ran out of memory and is left out of the correction", name,
-            extra={"action": "build_table", "config": config.to_dict()},
-        )  # fmt: skip
 
     def _table(self) -> LatencyTable:
         """The table of everything finished so far."""

@@ -1,15 +1,15 @@
-"""All parts of a table in one compiled graph, with a reading of the clock after each.
+"""Many parts of a table in one compiled graph, with a reading of the clock after each.
 
 Compiling a part takes seconds, and a compiled part called by itself pays for the call what a part of a whole model does
-not. A probe is one forward pass through every part, compiled once; an operator that the compiler cannot look into
+not. A probe is one forward pass through all its parts, compiled once; an operator that the compiler cannot look into
 reads the clock between them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from latency_tables import opaque
 from latency_tables.measure import Lap
-from latency_tables.parts import ReducingBlock
+from latency_tables.parts import STEM, ReducingBlock
 
 IDLE = "idle"  # Lap of nothing: what reading the clock takes.
 CALL = "call"  # Laps before and after the forward pass: what calling a compiled model takes.
@@ -25,11 +25,9 @@ FEED = "feed"  # Laps of what leads up to a stage, such as cutting its input to 
 IDLE_LAPS = 3
 
 
-@contextlib.contextmanager
-def timed_by(lap: Lap, names: Sequence[str]) -> Iterator[None]:
+def timed_by(lap: Lap, names: Sequence[str]) -> AbstractContextManager[None]:
     """Within, probes report their laps to ``lap``, by name."""
-    with opaque.reporting(lambda index: lap(names[index])):
-        yield
+    return opaque.reporting(lambda index: lap(names[index]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +41,20 @@ class Stage:
 class Probe(nn.Module):
     """The stem and every stage, each timed by itself; images (B, C, H, W) → the last output.
 
-    Laps are the stem's and those of the stages' parts; ``CALL``, ``IDLE`` and ``FEED`` besides.
+    Laps are ``STEM`` and those of the stages' parts; ``CALL``, ``IDLE`` and ``FEED`` besides.
 
     Args:
-        stem: Lap and module of the stem.
+        stem: From images to tokens.
         stages: Of parts.
     """
 
-    def __init__(self, stem: tuple[str, nn.Module], stages: Sequence[Stage]) -> None:
+    def __init__(self, stem: nn.Module, stages: Sequence[Stage]) -> None:
         super().__init__()
-        self.stem = stem[1]
+        self.stem = stem
         self.parts = nn.ModuleList(nn.ModuleList(module for _, module in stage.parts) for stage in stages)
         self._tokens = [stage.tokens for stage in stages]
         self.lap_names = [
-            CALL, FEED, *itertools.repeat(IDLE, IDLE_LAPS), stem[0],
+            CALL, FEED, *itertools.repeat(IDLE, IDLE_LAPS), STEM,
             *(name for stage in stages for name in (FEED, *(name for name, _ in stage.parts))),
         ]  # fmt: skip
 

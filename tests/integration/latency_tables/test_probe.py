@@ -46,7 +46,7 @@ def probe() -> Probe:
         Stage(tokens=5, parts=(("few", MlpHalf(blocks[1], frame)),)),
         Stage(tokens=17, parts=(("head", Head(model)),)),
     ]
-    return Probe(("stem", Stem(model)), stages).eval()
+    return Probe(Stem(model), stages).eval()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_probe_uses_what_a_reduction_leaves_for_the_next_block(monkeypatch: py
         part = ReducingBlock(model.blocks[0], kind, steps, Frame.of(model)).eval()
         stages.append(Stage(tokens=17, parts=((name, part),)))
     with torch.inference_mode():
-        Probe(("stem", Stem(model)), stages)(torch.randn(2, 3, 32, 32))
+        Probe(Stem(model), stages)(torch.randn(2, 3, 32, 32))
     assert used == [(2, 13), (2, 1, 13, 13)]  # Sizes of merged tokens; a mask of connections.
 
 
