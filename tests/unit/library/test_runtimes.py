@@ -2,6 +2,7 @@
 
 import platform
 import resource
+import statistics
 import sys
 from typing import Any, get_args
 
@@ -218,7 +219,10 @@ def test_a_prepared_model_finds_the_memory_of_its_last_run_mapped() -> None:
     with torch.inference_mode():
         for _ in range(3):
             forward(x)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(4):
+        mapped = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             forward(x)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4 < 6000
+            mapped.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    # One call may move to memory that another test has just freed, and map it.
+    assert statistics.median(mapped) < 6000
