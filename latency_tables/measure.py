@@ -207,7 +207,7 @@ def interleave(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> dict[str, LapSamples]:
-    """Sample every subject round by round in random order, the canary between them, and cancel drift.
+    """Sample every subject over the whole run in random order, the canary between them, and cancel drift.
 
     A sample is divided by how slow the machine was around it (`_slowness`). Subjects are assumed to be warm; short ones
     are called once more before every sample (`RUN_IN_BELOW_MS`).
@@ -219,11 +219,12 @@ def interleave(
     Raises:
         MeasurementStoppedError: As soon as ``should_stop`` says so; the samples are dropped.
     """
-    left = {key: (rounds or {}).get(key, settings.min_rounds) for key in subjects}
-    total = sum(left.values())
-    order = random.Random(seed)
+    counts = {key: (rounds or {}).get(key, settings.min_rounds) for key in subjects}
+    total = sum(counts.values())
+    # Each subject is sampled once in every of `count` equal stretches of the run, so that all meet the same machine.
+    draw = random.Random(seed)
+    order = sorted(((number + draw.random()) / count, key) for key, count in counts.items() for number in range(count))
     taken: list[tuple[str | None, dict[str, float], float]] = []  # Subject (None: the canary), laps, sum of them.
-    done = 0
     before = cpu.read() if cpu is not None else None
 
     runs_in = False
@@ -240,19 +241,15 @@ def interleave(
     last_canary_ms = sample(None)
     runs_in = last_canary_ms < RUN_IN_BELOW_MS
     since_canary_ms = 0.0
-    while keys := [key for key, count in left.items() if count > 0]:
-        order.shuffle(keys)
-        for key in keys:
-            if should_stop is not None and should_stop():
-                raise MeasurementStoppedError(STOPPED)
-            since_canary_ms += sample(key)
-            left[key] -= 1
-            done += 1
-            if since_canary_ms * settings.canary_share >= last_canary_ms * (1.0 - settings.canary_share):
-                last_canary_ms = sample(None)
-                since_canary_ms = 0.0
-            if progress is not None:
-                progress(done, total, key)
+    for done, (_, key) in enumerate(order, start=1):
+        if should_stop is not None and should_stop():
+            raise MeasurementStoppedError(STOPPED)
+        since_canary_ms += sample(key)
+        if since_canary_ms * settings.canary_share >= last_canary_ms * (1.0 - settings.canary_share):
+            last_canary_ms = sample(None)
+            since_canary_ms = 0.0
+        if progress is not None:
+            progress(done, total, key)
     sample(None)
     foreign = foreign_cores(before, cpu.read(), cpu.threads) if cpu is not None else None
 

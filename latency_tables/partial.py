@@ -1,7 +1,7 @@
 """The file an interrupted build resumes from: a header line, then one JSON line per finished group of entries.
 
 Lines are appended and synced, so a build that is killed loses the group it was at; a last line cut off half-way is
-left out when the file is read.
+left out when the file is read. A line may also say that groups before it no longer count.
 """
 
 from __future__ import annotations
@@ -58,6 +58,15 @@ class PartialFile:
             }
         )
 
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Forget groups, by their places in ``groups``.
+
+        Raises:
+            FileWriteError: If the line cannot be written; all groups are intact.
+        """
+        self._append_line({"dropped": list(numbers)})
+        self.groups = _without(self.groups, numbers)
+
     def _read(self) -> list[FinishedGroup]:
         if self._path is None:
             return []
@@ -76,7 +85,12 @@ class PartialFile:
             return []
         self._require_same_build(complete[0])
         try:
-            groups = [_parse_group(json.loads(line)) for line in complete[1:]]
+            groups: list[FinishedGroup] = []
+            for document in map(json.loads, complete[1:]):
+                if "dropped" in document:
+                    groups = _without(groups, document["dropped"])
+                else:
+                    groups.append(_parse_group(document))
         except (ValueError, KeyError, TypeError) as error:
             raise LatencyTableError(
                 f"{self._path} is damaged ({str(error).splitlines()[0]}). Delete it and build the table anew."
@@ -119,6 +133,10 @@ class PartialFile:
                 f"Could not write {self._path}: {error.strerror}. Free some space or choose another folder; "
                 "what was measured before is intact",
             ) from error
+
+
+def _without(groups: Sequence[FinishedGroup], numbers: Sequence[int]) -> list[FinishedGroup]:
+    return [group for number, group in enumerate(groups) if number not in numbers]
 
 
 def _parse_group(document: dict[str, Any]) -> FinishedGroup:

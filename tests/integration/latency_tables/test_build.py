@@ -201,10 +201,12 @@ def test_memory_is_told_without_weights_and_compared_with_whole_models(monkeypat
     assert table.weights.block_mib == pytest.approx(4 * block / mib)
     assert table.weights.rest_mib == pytest.approx(4 * rest / mib)
     tokens_mib = 2 * 17 * width * 4 / mib
-    # Chains make their input themselves, a block that reduces and the head are given it.
+    # Chains make their input themselves, and so do stem and head; a block that reduces is given it.
     by_key = {entry.key: entry.peak_memory_mib for entry in table.entries}
-    assert by_key["attention", 17, 17] == by_key["mlp", 17, 17] == by_key["stem", 16, 17] == 3.0
-    assert by_key["head", 17, 1] == by_key["block.evit.prune", 17, 15] == pytest.approx(3.0 + tokens_mib)
+    assert (
+        by_key["attention", 17, 17] == by_key["mlp", 17, 17] == by_key["stem", 16, 17] == by_key["head", 17, 1] == 3.0
+    )
+    assert by_key["block.evit.prune", 17, 15] == pytest.approx(3.0 + tokens_mib)
 
     report = validate(table, num_schedules=2, methods=["tome"])
 

@@ -119,14 +119,42 @@ def test_a_short_sample_finds_the_caches_as_its_own_model_left_them(canary_ms: f
         return run
 
     runs = interleave(
-        {"a": subject("a", 4.0), "b": subject("b", 4.0)},
+        {key: subject(key, 4.0) for key in "abc"},
         canary=subject("canary", canary_ms),
         stopwatch=WallStopwatch(clock),
         settings=SETTINGS,
+        rounds=dict.fromkeys("abc", 60),
     )
-    for key in ("a", "b"):
+    for key in "abc":
         assert statistics.median(runs[key].laps[WHOLE]) == pytest.approx(expected_ms, rel=0.02)
     assert runs["a"].canary_ms == pytest.approx(canary_ms + expected_ms - 4.0, rel=0.02)
+
+
+def test_subjects_of_few_and_of_many_samples_meet_the_machine_at_the_same_times() -> None:
+    clock = FakeClock()
+    taken: dict[str, list[float]] = {"few": [], "many": []}
+
+    def subject(name: str) -> Subject:
+        def run(lap: Lap) -> None:
+            taken[name].append(clock.now_s)
+            clock.work(4.0)
+            lap(WHOLE)
+
+        return run
+
+    interleave(
+        {name: subject(name) for name in taken},
+        canary=clock.subject(250.0),
+        stopwatch=WallStopwatch(clock),
+        settings=SETTINGS,
+        rounds={"few": 5, "many": 50},
+    )
+    assert [len(times) for times in taken.values()] == [5, 50]
+    start, *_, end = taken["many"]
+    # One in each fifth of the run.
+    assert [int(5 * (at - start) / (end - start + 1e-3)) for at in taken["few"]] == pytest.approx(
+        [0, 1, 2, 3, 4], abs=1
+    )
 
 
 def spread(samples: Sequence[float]) -> float:
