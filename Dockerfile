@@ -33,7 +33,7 @@ COPY service ./service
 RUN pip install --editable ".[app,lmdb]"
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS runtime
-# g++ serves the runtime "compile" on CPUs; libgomp comes with it.
+# g++ serves the runtime "compile" on CPUs and builds what merges tokens there; libgomp comes with it.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -18,7 +17,6 @@ from prunefront.errors import PrunefrontError
 
 LEAST_FREE_GIB = 2.0
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-COMPILERS = ("g++", "clang++", "c++")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +100,16 @@ def _check_devices() -> Iterator[Check]:
 
 
 def _check_compiler() -> Iterator[Check]:
-    candidates = [name for name in (os.environ.get("CXX", ""), *COMPILERS) if name]
-    found = next((path for name in candidates if (path := shutil.which(name))), None)
-    if found:
-        yield Check(name="C++ compiler", state="ok", detail=found)
+    from prunefront.ops import native
+
+    found = native.find_compiler()
+    if found is None:
+        detail = "none; on the CPU, the runtime compile needs one, and merging is slower without (install g++)"
+        yield Check(name="C++ compiler", state="warning", detail=detail)
+    elif native.library() is None:
+        yield Check(name="C++ compiler", state="warning", detail=f"{found}; it cannot build what merges tokens faster")
     else:
-        yield Check(
-            name="C++ compiler", state="warning", detail="none; the runtime compile on the CPU needs one (install g++)"
-        )
+        yield Check(name="C++ compiler", state="ok", detail=found)
 
 
 def _check_browser() -> Iterator[Check]:

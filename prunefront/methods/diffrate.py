@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunefront.methods.base import Call, Method, kept_assignment
+from prunefront.ops import native
 from prunefront.ops.attention import AttentionState, class_scores
 from prunefront.ops.merge import match_tail, merge_tail
 from prunefront.ops.select import top_tokens
@@ -49,7 +50,12 @@ class DiffRate(Method):
         merge = next((step for step in steps if step.op == "merge_mean"), None)
         prefix, present = tokens.num_prefix, tokens.x.shape[1]
         scores = class_scores(state, prefix)
-        order = top_tokens(scores, prune.kept if prune is not None else scores.shape[1])
+        pruned_to = prune.kept if prune is not None else scores.shape[1]
+        is_plain = call.recorder is None and tokens.places is None
+        if merge is not None and merge.removed and is_plain and native.runs(tokens.x):
+            x, size = native.sort_and_merge(scores, tokens.x, tokens.size, prefix, pruned_to, merge.kept)
+            return tokens.but(x=x, size=size)
+        order = top_tokens(scores, pruned_to)
         tokens = tokens.take(order)
         if call.recorder is not None:
             call.recorder.add("prune", kept_assignment(order, prefix, present), scores=scores, order=order)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunefront.methods.base import Call, Method, MethodOptions, Recorder, kept_assignment
 from prunefront.methods.tome import merge_by_metric
-from prunefront.ops.attention import AttentionState, class_scores, class_value_scores, key_metric
+from prunefront.ops.attention import AttentionState, class_scores, class_value_scores, merge_keys
 from prunefront.ops.merge import merge_limit
 from prunefront.ops.select import fuse_dropped, take_tokens, top_tokens
 from prunefront.ops.tokens import Tokens
@@ -49,7 +49,11 @@ class Hybrid(Method):
         return bool(options["prop_attn"])
 
     def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
-        metric = key_metric(state, tokens.num_prefix) if steps[-1].op == "merge" else None
+        metric = None
+        if steps[-1].op == "merge":
+            keys = merge_keys(state, tokens.num_prefix)
+            # Averaged for tokens to be dropped from; merging averages by itself.
+            metric = keys if len(steps) == 1 else keys.mean(dim=1, keepdim=True)
         for step in steps:
             if step.op == "merge":
                 assert metric is not None
@@ -68,7 +72,7 @@ class Hybrid(Method):
         """Prune or fuse; the fused token's metric is fused with the same weights."""
         prefix = tokens.num_prefix
         kept = tokens.take(index)
-        kept_metric = None if metric is None else take_tokens(metric, index)
+        kept_metric = None if metric is None else take_tokens(metric[:, 0], index)
         rest = -1
         if step.op == "fuse":
             rest = kept.x.shape[1]
@@ -78,8 +82,8 @@ class Hybrid(Method):
                 fused_size = (tokens.size.sum(dim=1) - kept.sizes().sum(dim=1)).unsqueeze(1)
             kept = kept.append(fuse_dropped(tokens.x[:, prefix:], scores, index), fused_size)
             if metric is not None and kept_metric is not None:
-                kept_metric = torch.cat((kept_metric, fuse_dropped(metric, scores, index)), dim=1)
+                kept_metric = torch.cat((kept_metric, fuse_dropped(metric[:, 0], scores, index)), dim=1)
         if recorder is not None:
             assignment = kept_assignment(index, prefix, tokens.x.shape[1], rest)
             recorder.add(step.op, assignment, scores=scores, kept_idx=index)
-        return kept, kept_metric
+        return kept, None if kept_metric is None else kept_metric.unsqueeze(1)

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from prunefront.methods.base import Call, Method, MethodOptions, kept_assignment
-from prunefront.methods.tome import match_assignment, match_values, merge_tokens
-from prunefront.ops.attention import AttentionState, class_value_scores, key_metric
+from prunefront.methods.tome import match_assignment, match_values, merge_by_metric, merge_tokens
+from prunefront.ops.attention import AttentionState, class_value_scores, merge_keys
 from prunefront.ops.merge import bipartite_match, merge_limit
 from prunefront.ops.select import top_tokens
 from prunefront.ops.tokens import Tokens
@@ -64,8 +64,12 @@ class PPT(Method):
             index = top_tokens(scores, step.kept)
             pruned = tokens.take(index)
         if forced != "prune":
-            match = bipartite_match(key_metric(state, prefix), step.removed, prefix)
-            pooled = merge_tokens(tokens, match)
+            keys = merge_keys(state, prefix)
+            if call.recorder is None:
+                pooled = merge_by_metric(tokens, keys, step, None)
+            else:
+                match = bipartite_match(keys.mean(dim=1), step.removed, prefix)
+                pooled = merge_tokens(tokens, match)
         if variance is not None:
             policy = (torch.ones_like if forced == "pool" else torch.zeros_like)(variance, dtype=torch.bool)
         if pooled is not None and pruned is not None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from prunefront.methods.base import Call, Method, MethodOptions, Recorder
-from prunefront.ops.attention import AttentionState, key_metric
+from prunefront.ops import native
+from prunefront.ops.attention import AttentionState, merge_keys
 from prunefront.ops.merge import TokenMatch, bipartite_match, merge_limit, merge_matched
 from prunefront.ops.tokens import Tokens
 
@@ -39,12 +40,15 @@ class ToMe(Method):
 
     def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
         (step,) = steps
-        return merge_by_metric(tokens, key_metric(state, tokens.num_prefix), step, call.recorder)
+        return merge_by_metric(tokens, merge_keys(state, tokens.num_prefix), step, call.recorder)
 
 
 def merge_by_metric(tokens: Tokens, metric: Tensor, step: Step, recorder: Recorder | None) -> Tokens:
-    """Bipartite merge of the non-prefix tokens by the similarity of ``metric`` (B, N - prefix, D)."""
-    match = bipartite_match(metric, step.removed, tokens.num_prefix)
+    """Bipartite merge of the non-prefix tokens by ``metric`` (B, G, N - prefix, D), or rather its mean over G."""
+    if recorder is None and tokens.places is None and native.runs(metric, tokens.x):
+        x, size = native.merge_matched(metric, tokens.x, tokens.size, tokens.num_prefix, step.removed)
+        return tokens.but(x=x, size=size)
+    match = bipartite_match(metric.mean(dim=1), step.removed, tokens.num_prefix)
     if recorder is not None:
         recorder.add(step.op, match_assignment(match, tokens.num_prefix, tokens.x.shape[1]), **match_values(match))
     return merge_tokens(tokens, match)

@@ -189,12 +189,19 @@ def class_value_scores(state: AttentionState, num_prefix_tokens: int) -> Tensor:
     return score / score.sum(dim=-1, keepdim=True)
 
 
-def key_metric(state: AttentionState, num_prefix_tokens: int) -> Tensor:
-    """Keys averaged over heads, (B, N - prefix, D): what ToMe compares. Taken after k norm where there is one.
+def merge_keys(state: AttentionState, num_prefix_tokens: int) -> Tensor:
+    """Keys of the non-prefix tokens, (B, H, N - prefix, D): what ToMe compares, averaged over heads (`key_metric`).
+
+    Taken after k norm where there is one.
 
     With rotary position embeddings the keys before the rotation: the metric is to compare content, and the same content
     at two places has rotated keys that differ, by angles that for learned frequencies even differ between the heads
     averaged here; a fused token, never rotated, could not be compared at all.
     """
     keys = state.k if state.content is None else state.content
-    return keys[:, :, num_prefix_tokens:].mean(dim=1)
+    return keys[:, :, num_prefix_tokens:]
+
+
+def key_metric(state: AttentionState, num_prefix_tokens: int) -> Tensor:
+    """`merge_keys` averaged over heads, (B, N - prefix, D)."""
+    return merge_keys(state, num_prefix_tokens).mean(dim=1)

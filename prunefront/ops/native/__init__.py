@@ -1,0 +1,266 @@
+"""Merging tokens on a CPU by functions in C++ (`tokens.cpp`), where a compiler is there to build them.
+
+At batch 1, a merge is a dozen small operators of torch, each of which costs more than the arithmetic of all: 0.1 to
+0.3 ms of the 5 to 10 that a pruned DeiT-S takes. The functions know no gradients and no recorder; `merge.py` computes
+the same in torch wherever they do not run, and is what is exported and traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("tokens.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+# Sums may be computed in any order, as those of torch; but not-a-numbers are kept apart.
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared",
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+)  # fmt: skip
+_P, _I = ctypes.c_void_p, ctypes.c_int64
+SIGNATURES = {
+    "merge_matched": (_P, _I, _I, _I, _I, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _P),
+    "sort_and_merge": (_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P),
+}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+_is_wanted = True
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that ``CXX`` names, or of the first that is installed."""
+    candidates = [name for name in (os.environ.get("CXX", ""), *COMPILERS) if name]
+    return next((path for name in candidates if (path := shutil.which(name))), None)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The built functions, from the user's cache where they were built before; None without a compiler.
+
+    A compiler that fails is a warning, since everything works without it.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    try:
+        built = ctypes.CDLL(str(_built(compiler)))
+        for (name, arguments), dtype in itertools.product(SIGNATURES.items(), DTYPES.values()):
+            function = getattr(built, f"prunefront_{name}_{dtype}")
+            function.argtypes, function.restype = arguments, None
+        return built
+    except subprocess.CalledProcessError as error:
+        reason = " ".join(error.stderr.split())[-300:] or f"exit code {error.returncode}"
+    except OSError as error:
+        reason = str(error)
+    logger.warning(
+        "Tokens are merged by torch alone, which takes longer on a CPU: %s could not build %s (%s)",
+        compiler, SOURCE.name, reason,
+        extra={"action": "build_native", "compiler": compiler},
+    )  # fmt: skip
+    return None
+
+
+def _built(compiler: str) -> Path:
+    """Path of the shared library, built if it is not in the cache."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    # Code for this very CPU: home folders are shared between machines.
+    parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), torch.backends.cpu.get_cpu_capability())
+    key = hashlib.sha256("\0".join((*parts, _cpu_flags())).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = Path(home) / "prunefront" / "native" / f"tokens-{key}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        built.replace(path)  # Whole or not at all, whoever else builds it at the same time.
+    return path
+
+
+def _cpu_flags() -> str:
+    """What Linux says the CPU can do; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether the functions take these tensors here and now: on a CPU, without gradients, in one dtype they know."""
+    return (
+        _is_wanted
+        and all(tensor.device.type == "cpu" and tensor.dtype == tensors[0].dtype for tensor in tensors)
+        and tensors[0].dtype in DTYPES
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and _is_there()
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_there() -> bool:
+    return library() is not None
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within, torch's own operators are used: for comparing with what is exported."""
+    global _is_wanted
+    before, _is_wanted = _is_wanted, False
+    try:
+        yield
+    finally:
+        _is_wanted = before
+
+
+# --- operators -----------------------------------------------------------------------------------------------------
+# Plain operators of a library: the wrapper of a `torch.library.custom_op` takes as long as a small layer.
+
+_operators = torch.library.Library("prunefront_native", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (
+    "merge_matched(Tensor metric, Tensor x, Tensor? size, int prefix, int removed) -> (Tensor, Tensor)",
+    "sort_and_merge(Tensor scores, Tensor x, Tensor? size, int prefix, int pruned_to, int merged_to) "
+    "-> (Tensor, Tensor)",
+):
+    _operators.define(_schema)  # type: ignore[no-untyped-call]
+
+
+def merge_matched(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, removed: int) -> tuple[Tensor, Tensor]:
+    """`merge.bipartite_match` and `merge.merge_matched` in one.
+
+    Args:
+        metric: Of the non-prefix tokens, averaged over its second dimension: (B, G, N - prefix, D).
+        x: Tokens, prefix first, (B, N, C), in the dtype of ``metric``.
+        size: Their sizes, (B, N) in float32, or None where all are one.
+        prefix: Leading tokens that stay as they are.
+        removed: Tokens to merge into others.
+
+    Returns:
+        Tokens (B, N - removed, C) and their sizes, (B, N - removed).
+    """
+    merged: tuple[Tensor, Tensor] = torch.ops.prunefront_native.merge_matched(metric, x, size, prefix, removed)
+    return merged
+
+
+def sort_and_merge(
+    scores: Tensor, x: Tensor, size: Tensor | None, prefix: int, pruned_to: int, merged_to: int
+) -> tuple[Tensor, Tensor]:
+    """DiffRate's sorting and pruning by score, `merge.match_tail` and `merge.merge_tail` in one.
+
+    Args:
+        scores: Of the non-prefix tokens, (B, N - prefix) in float32.
+        x: Tokens, prefix first, (B, N, C).
+        size: Their sizes, (B, N) in float32, or None where all are one.
+        prefix: Leading tokens that stay as they are.
+        pruned_to: Non-prefix tokens that are not dropped.
+        merged_to: Of them, those that the others are merged into.
+
+    Returns:
+        Tokens (B, prefix + merged_to, C) in order of score, and their sizes.
+    """
+    merged: tuple[Tensor, Tensor] = torch.ops.prunefront_native.sort_and_merge(
+        scores, x, size, prefix, pruned_to, merged_to
+    )
+    return merged
+
+
+@torch.library.impl(_operators, "merge_matched", "CPU")
+def _merge_matched(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, removed: int) -> tuple[Tensor, Tensor]:
+    if metric.stride(-1) != 1:
+        metric = metric.contiguous()
+    x, size = x.contiguous(), _rows(size)
+    batch, tokens, width = x.shape
+    out = x.new_empty((batch, tokens - removed, width))
+    out_size = x.new_empty((batch, tokens - removed), dtype=torch.float32)
+    _, groups, present, depth = metric.shape
+    _function("merge_matched", x)(
+        metric.data_ptr(), batch, groups, present, depth, *metric.stride()[:3], x.data_ptr(), *_sizes(size),
+        prefix, width, removed, out.data_ptr(), out_size.data_ptr(),
+    )  # fmt: skip
+    return out, out_size
+
+
+@torch.library.impl(_operators, "sort_and_merge", "CPU")
+def _sort_and_merge(
+    scores: Tensor, x: Tensor, size: Tensor | None, prefix: int, pruned_to: int, merged_to: int
+) -> tuple[Tensor, Tensor]:
+    scores, x, size = scores.contiguous(), x.contiguous(), _rows(size)
+    batch, tokens, width = x.shape
+    left = prefix + merged_to
+    out, out_size = x.new_empty((batch, left, width)), x.new_empty((batch, left), dtype=torch.float32)
+    _function("sort_and_merge", x)(
+        scores.data_ptr(), batch, tokens - prefix, x.data_ptr(), *_sizes(size), prefix, width, pruned_to, merged_to,
+        out.data_ptr(), out_size.data_ptr(),
+    )  # fmt: skip
+    return out, out_size
+
+
+@torch.library.register_fake("prunefront_native::merge_matched")  # type: ignore[untyped-decorator]
+def _(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, removed: int) -> tuple[Tensor, Tensor]:
+    left = x.shape[1] - removed
+    return x.new_empty((x.shape[0], left, x.shape[2])), x.new_empty((x.shape[0], left), dtype=torch.float32)
+
+
+@torch.library.register_fake("prunefront_native::sort_and_merge")  # type: ignore[untyped-decorator]
+def _(
+    scores: Tensor, x: Tensor, size: Tensor | None, prefix: int, pruned_to: int, merged_to: int
+) -> tuple[Tensor, Tensor]:
+    left = prefix + merged_to
+    return x.new_empty((x.shape[0], left, x.shape[2])), x.new_empty((x.shape[0], left), dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.prunefront_native.merge_matched)
+def _merge_matched_flops(
+    metric: Sequence[int], x: Sequence[int], size: object, prefix: int, removed: int, *, out_shape: object = None
+) -> int:
+    """Of the matrix products that torch would need, as `prunefront.macs` counts them."""
+    batch, _, present, depth = metric
+    num_a = present // 2 if prefix % 2 else (present + 1) // 2
+    num_b = present - num_a
+    return 2 * batch * (num_a * num_b * depth + num_b * removed * x[2])
+
+
+@register_flop_formula(torch.ops.prunefront_native.sort_and_merge)
+def _sort_and_merge_flops(
+    scores: object, x: Sequence[int], size: object, prefix: int, pruned_to: int, merged_to: int, *,
+    out_shape: object = None,
+) -> int:  # fmt: skip
+    """The same of DiffRate's merge."""
+    return 2 * 2 * x[0] * (pruned_to - merged_to) * merged_to * x[2]
+
+
+def _function(name: str, x: Tensor) -> Any:
+    built = library()
+    assert built is not None
+    return getattr(built, f"prunefront_{name}_{DTYPES[x.dtype]}")
+
+
+def _rows(size: Tensor | None) -> Tensor | None:
+    """Sizes whose rows are contiguous; all images may share one."""
+    return size if size is None or size.stride(-1) == 1 else size.contiguous()
+
+
+def _sizes(size: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if size is None else (size.data_ptr(), size.stride(0))
