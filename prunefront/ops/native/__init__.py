@@ -32,13 +32,16 @@ SOURCE = Path(__file__).with_name("tokens.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 # Sums may be computed in any order, as those of torch; but not-a-numbers are kept apart.
 FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared",
+    "-std=c++17", "-O3", "-march=native", "-fPIC",
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
 )  # fmt: skip
+# Only to compile, not to link: threads are then those of the library that torch has loaded, not of a second one, whose
+# threads would wait busily beside torch's. Compilers for another library than torch's build for one thread.
+THREADS = "-fopenmp"
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
-    "merge_matched": (_P, _I, _I, _I, _I, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _P),
-    "sort_and_merge": (_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P),
+    "merge_matched": (_P, _I, _I, _I, _I, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _P, _I),
+    "sort_and_merge": (_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _I),
 }
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -60,16 +63,19 @@ def library() -> ctypes.CDLL | None:
     compiler = find_compiler()
     if compiler is None:
         return None
-    try:
-        built = ctypes.CDLL(str(_built(compiler)))
-        for (name, arguments), dtype in itertools.product(SIGNATURES.items(), DTYPES.values()):
-            function = getattr(built, f"prunefront_{name}_{dtype}")
-            function.argtypes, function.restype = arguments, None
-        return built
-    except subprocess.CalledProcessError as error:
-        reason = " ".join(error.stderr.split())[-300:] or f"exit code {error.returncode}"
-    except OSError as error:
-        reason = str(error)
+    reason = ""
+    for flags in ((*FLAGS, THREADS), FLAGS):
+        try:
+            built = ctypes.CDLL(str(_built(compiler, flags)))
+        except subprocess.CalledProcessError as error:
+            reason = " ".join(error.stderr.split())[-300:] or f"exit code {error.returncode}"
+        except OSError as error:
+            reason = str(error)
+        else:
+            for (name, arguments), dtype in itertools.product(SIGNATURES.items(), DTYPES.values()):
+                function = getattr(built, f"prunefront_{name}_{dtype}")
+                function.argtypes, function.restype = arguments, None
+            return built
     logger.warning(
         "Tokens are merged by torch alone, which takes longer on a CPU: %s could not build %s (%s)",
         compiler, SOURCE.name, reason,
@@ -78,22 +84,25 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, flags: Sequence[str]) -> Path:
     """Path of the shared library, built if it is not in the cache."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     # Code for this very CPU: home folders are shared between machines.
-    parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), torch.backends.cpu.get_cpu_capability())
-    key = hashlib.sha256("\0".join((*parts, _cpu_flags())).encode()).hexdigest()[:16]
+    parts = (SOURCE.read_text(), " ".join(flags), version, platform.machine(), _cpu_flags())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     path = Path(home) / "prunefront" / "native" / f"tokens-{key}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        built.replace(path)  # Whole or not at all, whoever else builds it at the same time.
+        compiled, linked = Path(folder) / "tokens.o", Path(folder) / path.name
+        for command in (
+            [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        linked.replace(path)  # Whole or not at all, whoever else builds it at the same time.
     return path
 
 
@@ -197,7 +206,7 @@ def _merge_matched(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, 
     _, groups, present, depth = metric.shape
     _function("merge_matched", x)(
         metric.data_ptr(), batch, groups, present, depth, *metric.stride()[:3], x.data_ptr(), *_sizes(size),
-        prefix, width, removed, out.data_ptr(), out_size.data_ptr(),
+        prefix, width, removed, out.data_ptr(), out_size.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out, out_size
 
@@ -212,7 +221,7 @@ def _sort_and_merge(
     out, out_size = x.new_empty((batch, left, width)), x.new_empty((batch, left), dtype=torch.float32)
     _function("sort_and_merge", x)(
         scores.data_ptr(), batch, tokens - prefix, x.data_ptr(), *_sizes(size), prefix, width, pruned_to, merged_to,
-        out.data_ptr(), out_size.data_ptr(),
+        out.data_ptr(), out_size.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out, out_size
 

@@ -1,4 +1,4 @@
-// Merging tokens on a CPU, one image after the other: what torch needs a dozen small operators for, each of which costs
+// Merging tokens on a CPU: what torch needs a dozen small operators for, each of which costs
 // more than the arithmetic of a whole merge at batch 1. `prunefront/ops/merge.py` says what is computed, and why.
 //
 // Plain C functions: built by whatever compiler is there in two seconds, without torch's headers. Row-major, float32 or
@@ -41,7 +41,7 @@ inline void store(float value, BFloat16& to) {
 
 // Sixteen numbers, which GCC and Clang keep in one, two or four registers.
 constexpr int64_t kLanes = 16;
-using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Vector = float __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
 inline Vector load(const float* from) {
     Vector values;
@@ -76,48 +76,81 @@ float dot(const T* a, const T* b, int64_t length) {
     return total;
 }
 
+// Calls `body` with 0, 1, ... below `count`, in so many threads of the pool that torch's own operators run in.
+template <typename Body>
+void for_each(int64_t count, int64_t threads, const Body& body) {
+    if (threads == 1) {  // Not as a clause: regions within a region of one thread would start threads of their own.
+        for (int64_t at = 0; at < count; ++at) body(at);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < count; ++at) body(at);
+}
+
+// For each row of a the most similar one of b, the first of equals.
 struct Best {
     std::vector<float> similarity;
     std::vector<int64_t> place;
+
+    explicit Best(int64_t rows) : similarity(rows, -INFINITY), place(rows, 0) {}
+
+    void offer(int64_t row, float value, int64_t at) {
+        if (value > similarity[row]) {
+            similarity[row] = value;
+            place[row] = at;
+        }
+    }
+
+    // For each of `count` places the rows that chose it, of those in `rows`.
+    template <typename Rows>
+    std::vector<std::vector<int64_t>> chosen_by(const Rows& rows, int64_t count) const {
+        std::vector<std::vector<int64_t>> sources(count);
+        for (int64_t row : rows) sources[place[row]].push_back(row);
+        return sources;
+    }
 };
 
-// For each of the rows of `a` (rows, depth) the largest product with a column of `b` (depth, columns), the first of
-// equals. `b` is padded to a multiple of kColumns.
-void best_products(const float* a, int64_t rows, const float* b, int64_t columns, int64_t depth, Best& best) {
+// By products of the rows of `a` (rows, depth) and the columns of `b` (depth, columns), which is padded to a multiple of
+// kColumns.
+Best best_products(const float* a, int64_t rows, const float* b, int64_t columns, int64_t depth, int64_t threads) {
     const int64_t stride = (columns + kColumns - 1) / kColumns * kColumns;
-    best.similarity.assign(rows, -INFINITY);
-    best.place.assign(rows, 0);
-    for (int64_t row = 0; row < rows; row += kRows) {
+    Best best(rows);
+    for_each((rows + kRows - 1) / kRows, threads, [&](int64_t tile) {
+        const int64_t row = tile * kRows;
         const float* left[kRows];
         for (int64_t i = 0; i < kRows; ++i) left[i] = a + std::min(row + i, rows - 1) * depth;
         for (int64_t column = 0; column < columns; column += kColumns) {
-            float sums[kRows][kColumns] = {};
+            Vector products[kRows][kColumns / kLanes] = {};
             for (int64_t k = 0; k < depth; ++k) {
                 const float* right = b + k * stride + column;
-                for (int64_t i = 0; i < kRows; ++i) {
-                    const float factor = left[i][k];
-                    for (int64_t j = 0; j < kColumns; ++j) sums[i][j] += factor * right[j];
+                for (int64_t j = 0; j < kColumns / kLanes; ++j) {
+                    const Vector others = load(right + j * kLanes);
+                    for (int64_t i = 0; i < kRows; ++i) products[i][j] += left[i][k] * others;
                 }
             }
             const int64_t width = std::min(kColumns, columns - column);
             for (int64_t i = 0; i < kRows && row + i < rows; ++i) {
-                float largest = -INFINITY;
-                for (int64_t j = 0; j < width; ++j) largest = std::max(largest, sums[i][j]);
-                if (largest > best.similarity[row + i]) {
-                    int64_t j = 0;
-                    while (sums[i][j] != largest) ++j;
-                    best.similarity[row + i] = largest;
-                    best.place[row + i] = column + j;
+                float sums[kColumns];
+                std::memcpy(sums, products[i], sizeof sums);
+                std::fill(sums + width, sums + kColumns, -INFINITY);
+                Vector most = load(sums);
+                for (int64_t j = kLanes; j < kColumns; j += kLanes) {
+                    const Vector others = load(sums + j);
+                    most = others > most ? others : most;
                 }
+                float largest = -INFINITY;
+                for (int64_t lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+                if (largest > best.similarity[row + i])
+                    best.offer(row + i, largest, column + (std::find(sums, sums + width, largest) - sums));
             }
         }
-    }
+    });
+    return best;
 }
 
-// The same for rows that are too long to turn about: products of rows with rows, kTile by kTile at a time. Both are given
-// as pointers; products are divided by the norms.
+// By cosines of rows that are too long to turn about: kTile by kTile products at a time.
 template <typename T>
-void best_cosines(const std::vector<const T*>& a, const std::vector<const T*>& b, int64_t depth, Best& best) {
+Best best_cosines(const std::vector<const T*>& a, const std::vector<const T*>& b, int64_t depth, int64_t threads) {
     constexpr int64_t kTile = 4;
     const auto inverse_norms = [&](const std::vector<const T*>& rows) {
         std::vector<float> inverse;
@@ -126,9 +159,9 @@ void best_cosines(const std::vector<const T*>& a, const std::vector<const T*>& b
     };
     const std::vector<float> of_a = inverse_norms(a), of_b = inverse_norms(b);
     const int64_t rows = a.size(), columns = b.size(), whole = depth / kLanes * kLanes;
-    best.similarity.assign(rows, -INFINITY);
-    best.place.assign(rows, 0);
-    for (int64_t row = 0; row < rows; row += kTile) {
+    Best best(rows);
+    for_each((rows + kTile - 1) / kTile, threads, [&](int64_t tile) {
+        const int64_t row = tile * kTile;
         for (int64_t column = 0; column < columns; column += kTile) {
             const T *left[kTile], *right[kTile];
             for (int64_t i = 0; i < kTile; ++i) left[i] = a[std::min(row + i, rows - 1)];
@@ -142,160 +175,186 @@ void best_cosines(const std::vector<const T*>& a, const std::vector<const T*>& b
                     for (int64_t j = 0; j < kTile; ++j) sums[i][j] += own * others[j];
                 }
             }
-            for (int64_t i = 0; i < kTile && row + i < rows; ++i) {
+            for (int64_t i = 0; i < kTile && row + i < rows; ++i)
                 for (int64_t j = 0; j < kTile && column + j < columns; ++j) {
                     const float product = sum_of(sums[i][j]) + dot(left[i] + whole, right[j] + whole, depth - whole);
-                    const float cosine = product * of_a[row + i] * of_b[column + j];
-                    if (cosine > best.similarity[row + i]) {
-                        best.similarity[row + i] = cosine;
-                        best.place[row + i] = column + j;
-                    }
+                    best.offer(row + i, product * of_a[row + i] * of_b[column + j], column + j);
                 }
-            }
         }
-    }
+    });
+    return best;
 }
 
-// Row `to` of width `width` = the weighted sum of some rows of `x`.
+// Tokens of one image, prefix first, and their sizes; none where all are one.
 template <typename T>
-void weighted_row(const T* x, int64_t width, const std::vector<int64_t>& rows, const std::vector<float>& weights, T* to,
-                  std::vector<float>& sums) {
-    sums.assign(width, 0.0f);
-    for (size_t i = 0; i < rows.size(); ++i) {
-        const T* row = x + rows[i] * width;
-        const float weight = weights[i];
-        for (int64_t c = 0; c < width; ++c) sums[c] += weight * as_float(row[c]);
+struct Image {
+    const T* x;
+    const float* size;
+    int64_t width;
+
+    const T* row(int64_t token) const { return x + token * width; }
+    float size_of(int64_t token) const { return size ? size[token] : 1.0f; }
+
+    void copy(int64_t token, T* to) const { std::memcpy(to, row(token), width * sizeof(T)); }
+
+    void add_up(const std::vector<int64_t>& tokens, const std::vector<float>& weights, T* to) const {
+        std::vector<float> sums(width, 0.0f);
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            const T* from = row(tokens[i]);
+            for (int64_t c = 0; c < width; ++c) sums[c] += weights[i] * as_float(from[c]);
+        }
+        for (int64_t c = 0; c < width; ++c) store(sums[c], to[c]);
     }
-    for (int64_t c = 0; c < width; ++c) store(sums[c], to[c]);
+};
+
+// Keys of one image, (groups, tokens, depth) with these strides.
+template <typename T>
+struct Keys {
+    const T* at;
+    int64_t groups, depth, per_group, per_token;
+
+    // Their mean over the groups, divided by its norm, at `to`, `to + step`, ...
+    void normalised(int64_t token, float* to, int64_t step) const {
+        const T* first = at + token * per_token;
+        const float share = 1.0f / static_cast<float>(groups);
+        Vector lane_squares = {};
+        int64_t d = 0;
+        for (; d + kLanes <= depth; d += kLanes) {
+            Vector mean = {};
+            for (int64_t group = 0; group < groups; ++group) mean += load(first + group * per_group + d);
+            mean *= share;
+            lane_squares += mean * mean;
+            for (int64_t lane = 0; lane < kLanes; ++lane) to[(d + lane) * step] = mean[lane];
+        }
+        float squares = sum_of(lane_squares);
+        for (; d < depth; ++d) {
+            float mean = 0.0f;
+            for (int64_t group = 0; group < groups; ++group) mean += as_float(first[group * per_group + d]);
+            mean *= share;
+            squares += mean * mean;
+            to[d * step] = mean;
+        }
+        const float inverse = 1.0f / std::max(std::sqrt(squares), 1e-12f);
+        for (d = 0; d < depth; ++d) to[d * step] *= inverse;
+    }
+};
+
+template <typename T>
+void merge_image(const Keys<T>& keys, int64_t present, const Image<T>& image, int64_t prefix, int64_t removed, T* out,
+                 float* out_size, int64_t threads) {
+    const int64_t a_offset = prefix % 2;
+    const int64_t num_a = (present + 1 - a_offset) / 2, num_b = present - num_a;
+    const int64_t stride = (num_b + kColumns - 1) / kColumns * kColumns;
+    std::vector<float> a(num_a * keys.depth);
+    std::vector<Vector> aligned(keys.depth * stride / kLanes);
+    float* const b = reinterpret_cast<float*>(aligned.data());
+    for_each(present, threads, [&](int64_t token) {
+        if (token % 2 == a_offset)
+            keys.normalised(token, a.data() + token / 2 * keys.depth, 1);
+        else
+            keys.normalised(token, b + token / 2, stride);
+    });
+    const Best best = best_products(a.data(), num_a, b, num_b, keys.depth, threads);
+    std::vector<int64_t> order(num_a);
+    std::iota(order.begin(), order.end(), 0);
+    const auto more_similar = [&](int64_t one, int64_t other) {
+        return best.similarity[one] != best.similarity[other] ? best.similarity[one] > best.similarity[other]
+                                                              : one < other;
+    };
+    if (prefix) {
+        std::nth_element(order.begin(), order.begin() + removed, order.end(), more_similar);
+        std::sort(order.begin() + removed, order.end());
+    } else {
+        std::sort(order.begin(), order.end(), more_similar);
+    }
+    const auto sources = best.chosen_by(std::vector<int64_t>(order.begin(), order.begin() + removed), num_b);
+    // What stays as it is, in order, then the tokens that others may have gone to.
+    std::vector<int64_t> stay;
+    for (int64_t token = 0; token < prefix; ++token) stay.push_back(token);
+    for (int64_t i = removed; i < num_a; ++i) stay.push_back(prefix + a_offset + 2 * order[i]);
+    const int64_t first = stay.size();
+    for_each(first + num_b, threads, [&](int64_t at) {
+        T* to = out + at * image.width;
+        const int64_t token = at < first ? stay[at] : prefix + 1 - a_offset + 2 * (at - first);
+        if (at < first || sources[at - first].empty()) {
+            image.copy(token, to);
+            out_size[at] = image.size_of(token);
+            return;
+        }
+        std::vector<int64_t> tokens = {token};
+        for (int64_t source : sources[at - first]) tokens.push_back(prefix + a_offset + 2 * source);
+        float total = 0.0f;
+        for (int64_t one : tokens) total += image.size_of(one);
+        std::vector<float> weights;
+        for (int64_t one : tokens) weights.push_back(image.size_of(one) / total);
+        image.add_up(tokens, weights, to);
+        out_size[at] = total;
+    });
+}
+
+template <typename T>
+void sort_and_merge_image(const float* scores, int64_t present, const Image<T>& image, int64_t prefix,
+                          int64_t pruned_to, int64_t merged_to, T* out, float* out_size, int64_t threads) {
+    // Not-a-numbers come first, as torch sorts them; compared as they are, they would be in no order.
+    std::vector<float> key(scores, scores + present);
+    for (float& value : key) value = std::isnan(value) ? INFINITY : value;
+    std::vector<int64_t> order(present);
+    std::iota(order.begin(), order.end(), 0);
+    std::partial_sort(order.begin(), order.begin() + pruned_to, order.end(), [&](int64_t one, int64_t other) {
+        return key[one] != key[other] ? key[one] > key[other] : one < other;
+    });
+    std::vector<const T*> kept, merged;
+    std::vector<int64_t> numbers;
+    for (int64_t rank = 0; rank < pruned_to; ++rank) (rank < merged_to ? kept : merged).push_back(image.row(prefix + order[rank]));
+    for (size_t i = 0; i < merged.size(); ++i) numbers.push_back(i);
+    const Best best = best_cosines(merged, kept, image.width, threads);
+    const auto sources = best.chosen_by(numbers, merged_to);
+    for_each(prefix + merged_to, threads, [&](int64_t at) {
+        T* to = out + at * image.width;
+        const int64_t rank = at - prefix, token = rank < 0 ? at : prefix + order[rank];
+        out_size[at] = image.size_of(token);
+        if (rank < 0 || sources[rank].empty()) {
+            image.copy(token, to);
+            return;
+        }
+        std::vector<int64_t> tokens = {token};
+        for (int64_t i : sources[rank]) {
+            tokens.push_back(prefix + order[merged_to + i]);
+            out_size[at] += best.similarity[i] * image.size_of(tokens.back());
+        }
+        image.add_up(tokens, std::vector<float>(tokens.size(), 1.0f / static_cast<float>(tokens.size())), to);
+    });
+}
+
+// Images side by side where there are enough of them, else the parts of each.
+template <typename Body>
+void for_each_image(int64_t batch, int64_t threads, const Body& body) {
+    const bool has_enough = batch >= threads;
+    for_each(batch, has_enough ? threads : 1, [&](int64_t image) { body(image, has_enough ? 1 : threads); });
 }
 
 template <typename T>
 void merge_matched(const T* metric, int64_t batch, int64_t groups, int64_t present, int64_t depth, int64_t per_image,
                    int64_t per_group, int64_t per_token, const T* x, const float* size, int64_t size_per_image,
-                   int64_t prefix, int64_t width, int64_t removed, T* out, float* out_size) {
-    const int64_t a_offset = prefix % 2;
-    const int64_t num_a = (present + 1 - a_offset) / 2, num_b = present - num_a;
-    const int64_t stride = (num_b + kColumns - 1) / kColumns * kColumns;
+                   int64_t prefix, int64_t width, int64_t removed, T* out, float* out_size, int64_t threads) {
     const int64_t tokens = prefix + present, left = tokens - removed;
-    std::vector<float> a(num_a * depth), b(depth * stride), mean(depth), sums;
-    std::vector<std::vector<int64_t>> sources(num_b);
-    std::vector<int64_t> order(num_a), rows;
-    std::vector<float> weights;
-    Best best;
-    for (int64_t image = 0; image < batch; ++image) {
-        for (int64_t token = 0; token < present; ++token) {
-            std::fill(mean.begin(), mean.end(), 0.0f);
-            for (int64_t group = 0; group < groups; ++group) {
-                const T* row = metric + image * per_image + group * per_group + token * per_token;
-                for (int64_t d = 0; d < depth; ++d) mean[d] += as_float(row[d]);
-            }
-            // The groups' number cancels, but for where the norm is so small that it is not divided by.
-            const float scale = 1.0f / static_cast<float>(groups);
-            for (float& value : mean) value *= scale;
-            const float inverse = 1.0f / std::max(std::sqrt(dot(mean.data(), mean.data(), depth)), 1e-12f);
-            if (token % 2 == a_offset) {
-                float* row = a.data() + token / 2 * depth;
-                for (int64_t d = 0; d < depth; ++d) row[d] = mean[d] * inverse;
-            } else {
-                for (int64_t d = 0; d < depth; ++d) b[d * stride + token / 2] = mean[d] * inverse;
-            }
-        }
-        best_products(a.data(), num_a, b.data(), num_b, depth, best);
-        std::iota(order.begin(), order.end(), 0);
-        const auto more_similar = [&](int64_t one, int64_t other) {
-            return best.similarity[one] != best.similarity[other] ? best.similarity[one] > best.similarity[other]
-                                                                  : one < other;
-        };
-        if (prefix) {
-            std::nth_element(order.begin(), order.begin() + removed, order.end(), more_similar);
-            std::sort(order.begin() + removed, order.end());
-        } else {
-            std::sort(order.begin(), order.end(), more_similar);
-        }
-        for (auto& of : sources) of.clear();
-        for (int64_t i = 0; i < removed; ++i) sources[best.place[order[i]]].push_back(order[i]);
-
-        const T* from = x + image * tokens * width;
-        const float* from_size = size ? size + image * size_per_image : nullptr;
-        T* to = out + image * left * width;
-        float* to_size = out_size + image * left;
-        const auto size_of = [&](int64_t token) { return from_size ? from_size[token] : 1.0f; };
-        const auto copy = [&](int64_t token) {
-            std::memcpy(to, from + token * width, width * sizeof(T));
-            to += width;
-            *to_size++ = size_of(token);
-        };
-        for (int64_t token = 0; token < prefix; ++token) copy(token);
-        for (int64_t i = removed; i < num_a; ++i) copy(prefix + a_offset + 2 * order[i]);
-        for (int64_t j = 0; j < num_b; ++j) {
-            const int64_t own = prefix + 1 - a_offset + 2 * j;
-            if (sources[j].empty()) {
-                copy(own);
-                continue;
-            }
-            rows.assign(1, own);
-            for (int64_t source : sources[j]) rows.push_back(prefix + a_offset + 2 * source);
-            float total = 0.0f;
-            for (int64_t row : rows) total += size_of(row);
-            weights.clear();
-            for (int64_t row : rows) weights.push_back(size_of(row) / total);
-            weighted_row(from, width, rows, weights, to, sums);
-            to += width;
-            *to_size++ = total;
-        }
-    }
+    for_each_image(batch, threads, [&](int64_t at, int64_t own_threads) {
+        const Keys<T> keys{metric + at * per_image, groups, depth, per_group, per_token};
+        const Image<T> image{x + at * tokens * width, size ? size + at * size_per_image : nullptr, width};
+        merge_image(keys, present, image, prefix, removed, out + at * left * width, out_size + at * left, own_threads);
+    });
 }
 
 template <typename T>
 void sort_and_merge(const float* scores, int64_t batch, int64_t present, const T* x, const float* size,
                     int64_t size_per_image, int64_t prefix, int64_t width, int64_t pruned_to, int64_t merged_to, T* out,
-                    float* out_size) {
-    const int64_t tokens = prefix + present, left = prefix + merged_to, tail = pruned_to - merged_to;
-    std::vector<int64_t> order(present), rows;
-    std::vector<float> key(present), weights, sums;
-    std::vector<std::vector<int64_t>> sources(merged_to);
-    Best best;
-    for (int64_t image = 0; image < batch; ++image) {
-        // Not-a-numbers come first, as torch sorts them; compared as they are, they would be in no order.
-        for (int64_t i = 0; i < present; ++i) {
-            const float score = scores[image * present + i];
-            key[i] = std::isnan(score) ? INFINITY : score;
-        }
-        const T* from = x + image * tokens * width;
-        const float* from_size = size ? size + image * size_per_image : nullptr;
-        std::iota(order.begin(), order.end(), 0);
-        std::partial_sort(order.begin(), order.begin() + pruned_to, order.end(), [&](int64_t one, int64_t other) {
-            return key[one] != key[other] ? key[one] > key[other] : one < other;
-        });
-        const auto row_of = [&](int64_t rank) { return from + (prefix + order[rank]) * width; };
-        std::vector<const T*> kept, merged;
-        for (int64_t rank = 0; rank < pruned_to; ++rank) (rank < merged_to ? kept : merged).push_back(row_of(rank));
-        best_cosines(merged, kept, width, best);
-        for (auto& of : sources) of.clear();
-        for (int64_t i = 0; i < tail; ++i) sources[best.place[i]].push_back(i);
-
-        T* to = out + image * left * width;
-        float* to_size = out_size + image * left;
-        const auto size_of = [&](int64_t token) { return from_size ? from_size[token] : 1.0f; };
-        std::memcpy(to, from, prefix * width * sizeof(T));
-        for (int64_t token = 0; token < prefix; ++token) to_size[token] = size_of(token);
-        for (int64_t rank = 0; rank < merged_to; ++rank) {
-            T* row = to + (prefix + rank) * width;
-            float own = size_of(prefix + order[rank]);
-            if (sources[rank].empty()) {
-                std::memcpy(row, row_of(rank), width * sizeof(T));
-            } else {
-                rows.assign(1, prefix + order[rank]);
-                for (int64_t i : sources[rank]) {
-                    rows.push_back(prefix + order[merged_to + i]);
-                    own += best.similarity[i] * size_of(rows.back());
-                }
-                weights.assign(rows.size(), 1.0f / static_cast<float>(rows.size()));
-                weighted_row(from, width, rows, weights, row, sums);
-            }
-            to_size[prefix + rank] = own;
-        }
-    }
+                    float* out_size, int64_t threads) {
+    const int64_t tokens = prefix + present, left = prefix + merged_to;
+    for_each_image(batch, threads, [&](int64_t at, int64_t own_threads) {
+        const Image<T> image{x + at * tokens * width, size ? size + at * size_per_image : nullptr, width};
+        sort_and_merge_image(scores + at * present, present, image, prefix, pruned_to, merged_to,
+                             out + at * left * width, out_size + at * left, own_threads);
+    });
 }
 
 }  // namespace
@@ -304,16 +363,17 @@ void sort_and_merge(const float* scores, int64_t batch, int64_t present, const T
     extern "C" void prunefront_merge_matched_##NAME(                                                                   \
         const void* metric, int64_t batch, int64_t groups, int64_t present, int64_t depth, int64_t per_image,          \
         int64_t per_group, int64_t per_token, const void* x, const float* size, int64_t size_per_image, int64_t prefix, \
-        int64_t width, int64_t removed, void* out, float* out_size) {                                                  \
+        int64_t width, int64_t removed, void* out, float* out_size, int64_t threads) {                                  \
         merge_matched(static_cast<const TYPE*>(metric), batch, groups, present, depth, per_image, per_group, per_token, \
                       static_cast<const TYPE*>(x), size, size_per_image, prefix, width, removed,                       \
-                      static_cast<TYPE*>(out), out_size);                                                              \
+                      static_cast<TYPE*>(out), out_size, threads);                                                     \
     }                                                                                                                  \
     extern "C" void prunefront_sort_and_merge_##NAME(                                                                  \
         const float* scores, int64_t batch, int64_t present, const void* x, const float* size, int64_t size_per_image, \
-        int64_t prefix, int64_t width, int64_t pruned_to, int64_t merged_to, void* out, float* out_size) {             \
+        int64_t prefix, int64_t width, int64_t pruned_to, int64_t merged_to, void* out, float* out_size,               \
+        int64_t threads) {                                                                                             \
         sort_and_merge(scores, batch, present, static_cast<const TYPE*>(x), size, size_per_image, prefix, width,       \
-                       pruned_to, merged_to, static_cast<TYPE*>(out), out_size);                                       \
+                       pruned_to, merged_to, static_cast<TYPE*>(out), out_size, threads);                              \
     }
 
 PRUNEFRONT_FOR(float32, float)
