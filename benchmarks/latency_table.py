@@ -1,4 +1,7 @@
-"""Claim: a DeiT-S table takes at most 3 minutes on a 2-core CPU and is at most 5 % off on 50 held-out schedules.
+"""Claim: a table takes 2 minutes at most on a 2-core CPU and is 3 % off on held-out schedules, or 1.5 times noise.
+
+Off is the mean absolute error of latencies, noise what the same models differ by when they are measured again. Where
+the machine's speed moves, look at speed-ups.
 
 Builds the table, validates it and prints a summary; `benchmarks.records` says where records are kept:
 
@@ -23,8 +26,9 @@ from latency_tables.shipped import file_to_ship
 from latency_tables.validate import validate_table
 from prunefront.config import ModelSpec
 
-CLAIMED_BUILD_S = 180.0
-CLAIMED_MAPE = 0.05
+CLAIMED_BUILD_S = 120.0
+CLAIMED_MAPE = 0.03
+CLAIMED_SHARE_OF_NOISE = 1.5
 
 
 def main() -> int:
@@ -75,6 +79,7 @@ def run_of(
 ) -> dict[str, Any]:
     """Everything that the claim rests on."""
     measured = sorted(point.measured_ms / report.dense_ms for point in report.points)
+    claimed_mape = max(CLAIMED_MAPE, CLAIMED_SHARE_OF_NOISE * (report.remeasured_mape or 0.0))
     return {
         "model": table.model.name,
         "runtime": table.runtime,
@@ -105,7 +110,8 @@ def run_of(
         "kendall_tau": report.kendall_tau,
         "noise": report.noise,
         "num_noisy_schedules": report.num_noisy,
-        "claim_holds": build_s <= CLAIMED_BUILD_S and report.mape <= CLAIMED_MAPE,
+        "claimed_mape": claimed_mape,
+        "claim_holds": build_s <= CLAIMED_BUILD_S and report.mape <= claimed_mape,
     }
 
 
@@ -116,7 +122,7 @@ def summary(run: dict[str, Any], device: DeviceInfo) -> str:
         f"{run['runtime']}, {run['dtype']}, batch {run['batch_size']}; load {run['load_before']}",
         f"built in {run['build_s']:.0f} s (claim: {CLAIMED_BUILD_S:.0f} s), {run['num_entries']} entries, "
         f"{run['num_noisy_entries']} noisy",
-        f"mean absolute error {run['mape']:.2%} (claim: {CLAIMED_MAPE:.0%}), bias {run['bias']:+.2%}, on "
+        f"mean absolute error {run['mape']:.2%} (claim: {run['claimed_mape']:.1%}), bias {run['bias']:+.2%}, on "
         f"{run['num_schedules']} held-out schedules of {low:.0%} to {high:.0%} of dense",
         f"within 5 %: {run['within_5_percent']:.0%}, within 10 %: {run['within_10_percent']:.0%}, "
         f"Kendall's tau {run['kendall_tau']}, noise {run['noise']:.2%}",
