@@ -370,7 +370,6 @@ class _Build:
     def run(self, partial_path: str | PathLike[str] | None) -> LatencyTable:
         self._report("blocks", 0.0, f"warming up {self.spec.name}")
         self.partial = PartialFile(partial_path, self._header())
-        self.done = self._finished_entries()
         # Tokens as the stem makes them: realistic values, without denormal numbers.
         self.tokens: Tensor = Stem(self.model)(self.images)
         if self.runtime == "compile":
@@ -419,7 +418,6 @@ class _Build:
         ]
         if others:
             self.partial.drop(others)
-            self.done = self._finished_entries()
             self._report("whole models", 1.0, "the machine changed its speed: measuring some parts again")
         return bool(others)
 
@@ -536,7 +534,7 @@ class _Build:
 
     def _measure_together(self, plans: Sequence[_ProbePlan]) -> None:
         """All probes in one run: after another compilation the machine may have another speed."""
-        if not {key for plan in plans for key in (*plan.entries.values(), *plan.unfit)} - self.done:
+        if not {key for plan in plans for key in (*plan.entries.values(), *plan.unfit)} - self._finished_entries():
             return
         started = time.monotonic()
         settings = self.settings.blocks
@@ -770,7 +768,8 @@ class _Build:
         self, stage: str, planned: Sequence[_Planned], settings: MeasureSettings, start: float, end: float
     ) -> None:
         """Measure what is not finished yet, interleaved, and remember it, or that it ran out of memory."""
-        todo = {_describe(one): one for one in planned if set(one.entries.values()) - self.done}
+        done = self._finished_entries()
+        todo = {_describe(one): one for one in planned if set(one.entries.values()) - done}
         if not todo:
             self._skipped_share = max(self._skipped_share, self._share(stage, end))
             return
@@ -779,16 +778,16 @@ class _Build:
                 _entry(entry, run.measured[key][lap], run.peak_memory_mib[key])
                 for key in run.measured
                 for lap, entry in todo[key].entries.items()
-                if entry not in self.done
+                if entry not in done
             ]
             entries += [
                 self._unfit_entry(entry)
                 for key in run.unfit
                 for entry in todo[key].entries.values()
-                if entry not in self.done
+                if entry not in done
             ]
             self.partial.append(FinishedGroup(canary_ms=run.canary_ms, entries=tuple(entries), seconds=run.seconds))
-            self.done |= {entry.key for entry in entries}
+            done |= {entry.key for entry in entries}
 
     def _unfit_entry(self, key: EntryKey) -> LatencyEntry:
         reason = f"ran out of memory at batch size {self.batch_size} in {self.dtype} on {self.info.name}"

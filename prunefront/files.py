@@ -14,6 +14,12 @@ from typing import IO, Any
 from prunefront.errors import FileWriteError
 
 
+def cache_folder(name: str) -> Path:
+    """Where this user's ``name`` is kept between runs; it need not exist yet."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "prunefront" / name
+
+
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:
     """Write ``data`` to ``path`` in one step: readers see the old file or the new one, never a part.
 

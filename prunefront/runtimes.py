@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from prunefront.errors import ConfigError, ExportError, MissingExtraError, UnknownNameError
+from prunefront.files import cache_folder
 
 Forward = Callable[[Tensor], Any]
 
@@ -354,8 +355,7 @@ def use_shared_compile_cache() -> Path:
 
     A folder chosen by the user (``TORCHINDUCTOR_CACHE_DIR``) is kept.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(home, "prunefront", "inductor")))
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor"))))
 
 
 # Name -> what turns a ready model on a device into a forward of that runtime.

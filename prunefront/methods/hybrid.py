@@ -49,20 +49,18 @@ class Hybrid(Method):
         return bool(options["prop_attn"])
 
     def reduce(self, tokens: Tokens, state: AttentionState, steps: Sequence[Step], call: Call) -> Tokens:
-        metric = None
-        if steps[-1].op == "merge":
-            keys = merge_keys(state, tokens.num_prefix)
-            # Averaged for tokens to be dropped from; merging averages by itself.
-            metric = keys if len(steps) == 1 else keys.mean(dim=1, keepdim=True)
+        keys = merge_keys(state, tokens.num_prefix) if steps[-1].op == "merge" else None
         for step in steps:
             if step.op == "merge":
-                assert metric is not None
-                tokens = merge_by_metric(tokens, metric, step, call.recorder)
+                assert keys is not None
+                tokens = merge_by_metric(tokens, keys, step, call.recorder)
                 continue
             rank = class_scores if call.options["score"] == "cls" else class_value_scores
             scores = rank(state, tokens.num_prefix)
             index = top_tokens(scores, step.kept)
+            metric = None if keys is None else keys.mean(dim=1)
             tokens, metric = self._drop(tokens, metric, scores, index, step, call.recorder)
+            keys = None if metric is None else metric.unsqueeze(1)
         return tokens
 
     @staticmethod
@@ -72,7 +70,7 @@ class Hybrid(Method):
         """Prune or fuse; the fused token's metric is fused with the same weights."""
         prefix = tokens.num_prefix
         kept = tokens.take(index)
-        kept_metric = None if metric is None else take_tokens(metric[:, 0], index)
+        kept_metric = None if metric is None else take_tokens(metric, index)
         rest = -1
         if step.op == "fuse":
             rest = kept.x.shape[1]
@@ -82,8 +80,8 @@ class Hybrid(Method):
                 fused_size = (tokens.size.sum(dim=1) - kept.sizes().sum(dim=1)).unsqueeze(1)
             kept = kept.append(fuse_dropped(tokens.x[:, prefix:], scores, index), fused_size)
             if metric is not None and kept_metric is not None:
-                kept_metric = torch.cat((kept_metric, fuse_dropped(metric[:, 0], scores, index)), dim=1)
+                kept_metric = torch.cat((kept_metric, fuse_dropped(metric, scores, index)), dim=1)
         if recorder is not None:
             assignment = kept_assignment(index, prefix, tokens.x.shape[1], rest)
             recorder.add(step.op, assignment, scores=scores, kept_idx=index)
-        return kept, None if kept_metric is None else kept_metric.unsqueeze(1)
+        return kept, kept_metric

@@ -190,7 +190,7 @@ def class_value_scores(state: AttentionState, num_prefix_tokens: int) -> Tensor:
 
 
 def merge_keys(state: AttentionState, num_prefix_tokens: int) -> Tensor:
-    """Keys of the non-prefix tokens, (B, H, N - prefix, D): what ToMe compares, averaged over heads (`key_metric`).
+    """Keys of the non-prefix tokens, (B, H, N - prefix, D): their mean over heads is what ToMe compares.
 
     Taken after k norm where there is one.
 
@@ -200,8 +200,3 @@ def merge_keys(state: AttentionState, num_prefix_tokens: int) -> Tensor:
     """
     keys = state.k if state.content is None else state.content
     return keys[:, :, num_prefix_tokens:]
-
-
-def key_metric(state: AttentionState, num_prefix_tokens: int) -> Tensor:
-    """`merge_keys` averaged over heads, (B, N - prefix, D)."""
-    return merge_keys(state, num_prefix_tokens).mean(dim=1)

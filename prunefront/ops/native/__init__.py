@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from prunefront.files import cache_folder
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("tokens.cpp")
@@ -90,8 +92,7 @@ def _built(compiler: str, flags: Sequence[str]) -> Path:
     # Code for this very CPU: home folders are shared between machines.
     parts = (SOURCE.read_text(), " ".join(flags), version, platform.machine(), _cpu_flags())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(home) / "prunefront" / "native" / f"tokens-{key}.so"
+    path = cache_folder("native") / f"tokens-{key}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,13 +201,11 @@ def _merge_matched(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, 
     if metric.stride(-1) != 1:
         metric = metric.contiguous()
     x, size = x.contiguous(), _rows(size)
-    batch, tokens, width = x.shape
-    out = x.new_empty((batch, tokens - removed, width))
-    out_size = x.new_empty((batch, tokens - removed), dtype=torch.float32)
-    _, groups, present, depth = metric.shape
+    out, out_size = _outputs(x, x.shape[1] - removed)
+    batch, groups, present, depth = metric.shape
     _function("merge_matched", x)(
         metric.data_ptr(), batch, groups, present, depth, *metric.stride()[:3], x.data_ptr(), *_sizes(size),
-        prefix, width, removed, out.data_ptr(), out_size.data_ptr(), torch.get_num_threads(),
+        prefix, x.shape[2], removed, out.data_ptr(), out_size.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out, out_size
 
@@ -217,8 +216,7 @@ def _sort_and_merge(
 ) -> tuple[Tensor, Tensor]:
     scores, x, size = scores.contiguous(), x.contiguous(), _rows(size)
     batch, tokens, width = x.shape
-    left = prefix + merged_to
-    out, out_size = x.new_empty((batch, left, width)), x.new_empty((batch, left), dtype=torch.float32)
+    out, out_size = _outputs(x, prefix + merged_to)
     _function("sort_and_merge", x)(
         scores.data_ptr(), batch, tokens - prefix, x.data_ptr(), *_sizes(size), prefix, width, pruned_to, merged_to,
         out.data_ptr(), out_size.data_ptr(), torch.get_num_threads(),
@@ -228,16 +226,14 @@ def _sort_and_merge(
 
 @torch.library.register_fake("prunefront_native::merge_matched")  # type: ignore[untyped-decorator]
 def _(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, removed: int) -> tuple[Tensor, Tensor]:
-    left = x.shape[1] - removed
-    return x.new_empty((x.shape[0], left, x.shape[2])), x.new_empty((x.shape[0], left), dtype=torch.float32)
+    return _outputs(x, x.shape[1] - removed)
 
 
 @torch.library.register_fake("prunefront_native::sort_and_merge")  # type: ignore[untyped-decorator]
 def _(
     scores: Tensor, x: Tensor, size: Tensor | None, prefix: int, pruned_to: int, merged_to: int
 ) -> tuple[Tensor, Tensor]:
-    left = prefix + merged_to
-    return x.new_empty((x.shape[0], left, x.shape[2])), x.new_empty((x.shape[0], left), dtype=torch.float32)
+    return _outputs(x, prefix + merged_to)
 
 
 @register_flop_formula(torch.ops.prunefront_native.merge_matched)
@@ -245,8 +241,10 @@ def _merge_matched_flops(
     metric: Sequence[int], x: Sequence[int], size: object, prefix: int, removed: int, *, out_shape: object = None
 ) -> int:
     """Of the matrix products that torch would need, as `prunefront.macs` counts them."""
+    from prunefront.macs import bipartite_sources  # Here: counting MACs imports the methods, which import this.
+
     batch, _, present, depth = metric
-    num_a = present // 2 if prefix % 2 else (present + 1) // 2
+    num_a = bipartite_sources(present, prefix)
     num_b = present - num_a
     return 2 * batch * (num_a * num_b * depth + num_b * removed * x[2])
 
@@ -264,6 +262,11 @@ def _function(name: str, x: Tensor) -> Any:
     built = library()
     assert built is not None
     return getattr(built, f"prunefront_{name}_{DTYPES[x.dtype]}")
+
+
+def _outputs(x: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """Room for ``left`` tokens of each image and for their sizes."""
+    return x.new_empty((x.shape[0], left, x.shape[2])), x.new_empty((x.shape[0], left), dtype=torch.float32)
 
 
 def _rows(size: Tensor | None) -> Tensor | None:

@@ -1,5 +1,5 @@
-// Merging tokens on a CPU: what torch needs a dozen small operators for, each of which costs
-// more than the arithmetic of a whole merge at batch 1. `prunefront/ops/merge.py` says what is computed, and why.
+// Merging tokens on a CPU: what torch needs a dozen small operators for, each of which costs more than the arithmetic of
+// a whole merge at batch 1. `prunefront/ops/merge.py` says what is computed, and why.
 //
 // Plain C functions: built by whatever compiler is there in two seconds, without torch's headers. Row-major, float32 or
 // bfloat16 tokens, float32 sizes; sums are in float32.
@@ -76,6 +76,9 @@ float dot(const T* a, const T* b, int64_t length) {
     return total;
 }
 
+// One over a norm, given its square; as torch's normalisation, it does not divide by next to nothing.
+inline float inverse_norm(float squares) { return 1.0f / std::max(std::sqrt(squares), 1e-12f); }
+
 // Calls `body` with 0, 1, ... below `count`, in so many threads of the pool that torch's own operators run in.
 template <typename Body>
 void for_each(int64_t count, int64_t threads, const Body& body) {
@@ -102,8 +105,7 @@ struct Best {
     }
 
     // For each of `count` places the rows that chose it, of those in `rows`.
-    template <typename Rows>
-    std::vector<std::vector<int64_t>> chosen_by(const Rows& rows, int64_t count) const {
+    std::vector<std::vector<int64_t>> chosen_by(const std::vector<int64_t>& rows, int64_t count) const {
         std::vector<std::vector<int64_t>> sources(count);
         for (int64_t row : rows) sources[place[row]].push_back(row);
         return sources;
@@ -154,7 +156,7 @@ Best best_cosines(const std::vector<const T*>& a, const std::vector<const T*>& b
     constexpr int64_t kTile = 4;
     const auto inverse_norms = [&](const std::vector<const T*>& rows) {
         std::vector<float> inverse;
-        for (const T* row : rows) inverse.push_back(1.0f / std::max(std::sqrt(dot(row, row, depth)), 1e-12f));
+        for (const T* row : rows) inverse.push_back(inverse_norm(dot(row, row, depth)));
         return inverse;
     };
     const std::vector<float> of_a = inverse_norms(a), of_b = inverse_norms(b);
@@ -234,7 +236,7 @@ struct Keys {
             squares += mean * mean;
             to[d * step] = mean;
         }
-        const float inverse = 1.0f / std::max(std::sqrt(squares), 1e-12f);
+        const float inverse = inverse_norm(squares);
         for (d = 0; d < depth; ++d) to[d * step] *= inverse;
     }
 };
@@ -267,7 +269,7 @@ void merge_image(const Keys<T>& keys, int64_t present, const Image<T>& image, in
     } else {
         std::sort(order.begin(), order.end(), more_similar);
     }
-    const auto sources = best.chosen_by(std::vector<int64_t>(order.begin(), order.begin() + removed), num_b);
+    const auto sources = best.chosen_by({order.begin(), order.begin() + removed}, num_b);
     // What stays as it is, in order, then the tokens that others may have gone to.
     std::vector<int64_t> stay;
     for (int64_t token = 0; token < prefix; ++token) stay.push_back(token);
@@ -304,9 +306,10 @@ void sort_and_merge_image(const float* scores, int64_t present, const Image<T>& 
         return key[one] != key[other] ? key[one] > key[other] : one < other;
     });
     std::vector<const T*> kept, merged;
-    std::vector<int64_t> numbers;
-    for (int64_t rank = 0; rank < pruned_to; ++rank) (rank < merged_to ? kept : merged).push_back(image.row(prefix + order[rank]));
-    for (size_t i = 0; i < merged.size(); ++i) numbers.push_back(i);
+    for (int64_t rank = 0; rank < pruned_to; ++rank)
+        (rank < merged_to ? kept : merged).push_back(image.row(prefix + order[rank]));
+    std::vector<int64_t> numbers(merged.size());
+    std::iota(numbers.begin(), numbers.end(), 0);
     const Best best = best_cosines(merged, kept, image.width, threads);
     const auto sources = best.chosen_by(numbers, merged_to);
     for_each(prefix + merged_to, threads, [&](int64_t at) {

@@ -24,6 +24,8 @@ from prunefront.ops.tokens import Tokens
 from prunefront.runtimes import prepare
 from tests.unit.library.models import build, schedules
 
+pytestmark = pytest.mark.compile  # They are built by the machine's C++ compiler.
+
 WIDTH = 40  # Not a multiple of the sixteen numbers that are added side by side.
 MERGING = ("tome", "tome-noprop", "diffrate", "ppt-mixed", "ppt-pool", "hybrid")
 

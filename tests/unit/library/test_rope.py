@@ -22,7 +22,7 @@ from prunefront.config import ModelSpec
 from prunefront.errors import InputError, ModelError
 from prunefront.geometry import geometry_of
 from prunefront.macs import macs_detail
-from prunefront.ops.attention import key_metric
+from prunefront.ops.attention import merge_keys
 from prunefront.ops.rotary import Rotary, rotation_tables
 from prunefront.ops.tokens import Tokens
 from tests.unit.library import models
@@ -205,7 +205,7 @@ def test_tokens_are_compared_by_keys_before_the_rotation(name: str) -> None:
         rotary = Rotary(tables=rotation_tables(rope, per_block=model.rope_mixed), initial=places)
         tokens = Tokens(x=x, num_prefix=prefix, places=places, rotary=rotary)
         _, state = EVA_BLOCKS.attention(model.blocks[0], tokens, None)
-    torch.testing.assert_close(key_metric(state, prefix), before.mean(1)[:, prefix:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merge_keys(state, prefix).mean(1), before.mean(1)[:, prefix:], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before, after, atol=1e-3)
 
 
