@@ -6,14 +6,14 @@ They are plain operators of a library: the wrapper of a `torch.library.custom_op
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 _library = torch.library.Library("prunefront", "DEF")  # type: ignore[no-untyped-call]
 _library.define("use(Tensor(a!) x) -> ()")  # type: ignore[no-untyped-call]
-_library.define("lap(Tensor(a!) done, Tensor(b!) source, int index) -> ()")  # type: ignore[no-untyped-call]
+_library.define("lap(Tensor(a!) done, Tensor(b!) source, Tensor[] also, int index) -> ()")  # type: ignore[no-untyped-call]
 
 _report: Callable[[int], None] | None = None
 
@@ -25,13 +25,13 @@ def _use(x: Tensor) -> None:
 
 
 @torch.library.impl(_library, "lap", "CompositeExplicitAutograd")
-def _lap(done: Tensor, source: Tensor, index: int) -> None:
+def _lap(done: Tensor, source: Tensor, also: Sequence[Tensor], index: int) -> None:
     if _report is not None:
         _report(index)
 
 
 @torch.library.register_fake("prunefront::lap")  # type: ignore[untyped-decorator]
-def _(done: Tensor, source: Tensor, index: int) -> None:
+def _(done: Tensor, source: Tensor, also: Sequence[Tensor], index: int) -> None:
     pass
 
 
@@ -40,13 +40,13 @@ def use(x: Tensor) -> None:
     torch.ops.prunefront.use(x)
 
 
-def read_clock(done: Tensor, source: Tensor, index: int) -> None:
-    """Report reading number ``index`` once ``done`` is computed.
+def read_clock(done: Tensor, source: Tensor, index: int, also: Sequence[Tensor] = ()) -> None:
+    """Report reading number ``index`` once ``done`` is computed, and all of ``also``.
 
-    It claims to change both tensors, so that nothing made of ``done`` is moved across the reading, and what is made of
-    ``source`` afterwards is not taken for what was made of it before.
+    It claims to change the first two tensors, so that nothing made of ``done`` is moved across the reading, and what is
+    made of ``source`` afterwards is not taken for what was made of it before.
     """
-    torch.ops.prunefront.lap(done, source, index)
+    torch.ops.prunefront.lap(done, source, also, index)
 
 
 @contextlib.contextmanager

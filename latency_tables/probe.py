@@ -73,13 +73,13 @@ class Probe(nn.Module):
             x = (x if x.dim() == 3 and x.shape[1] >= count else tokens)[:, :count].clone()
             opaque.read_clock(x, tokens, next(marks))
             for part in cast(nn.ModuleList, parts):
+                also: list[Tensor] = []
                 if isinstance(part, ReducingBlock):
                     left = part.tokens_left(x)
                     x = left.x
-                    for also in (left.size, left.mask):
-                        if also is not None:
-                            opaque.use(also)
+                    # Nothing in the graph uses these: without the reading they would be left out, or computed later.
+                    also = [made for made in (left.size, left.mask) if made is not None]
                 else:
                     x = part(x)
-                opaque.read_clock(x, tokens, next(marks))
+                opaque.read_clock(x, tokens, next(marks), also)
         return cast(Tensor, x)

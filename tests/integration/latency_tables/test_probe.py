@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import prunefront.runtimes
@@ -74,20 +77,40 @@ def test_a_probe_times_every_part_once() -> None:
     assert ms[IDLE] == pytest.approx(1e-3)
 
 
-def test_a_probe_uses_what_a_reduction_leaves_for_the_next_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[tuple[int, ...]] = []
-    monkeypatch.setattr("latency_tables.opaque.use", lambda x: used.append(tuple(x.shape)))
+def reducing_probe(*kinds: str) -> Probe:
     model = cast(VisionTransformer, create_dense(TINY).eval())
     stages = []
-    for name in ("evit.prune", "tome.merge", "trilevel.prune:connections"):
+    for name in kinds:
         kind = REDUCTION_KINDS[name]
         steps = kind.steps(17, 0.25, 1)
         assert steps is not None and steps[-1].tokens_out == 13
         part = ReducingBlock(model.blocks[0], kind, steps, Frame.of(model)).eval()
         stages.append(Stage(tokens=17, parts=((name, part),)))
+    return Probe(Stem(model), stages).eval()
+
+
+def test_a_probe_uses_what_a_reduction_leaves_for_the_next_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[int, ...]] = []
+
+    def read(done: Tensor, source: Tensor, index: int, also: Sequence[Tensor] = ()) -> None:
+        used.extend(tuple(tensor.shape) for tensor in also)
+
+    monkeypatch.setattr("latency_tables.opaque.read_clock", read)
     with torch.inference_mode():
-        Probe(Stem(model), stages)(torch.randn(2, 3, 32, 32))
+        reducing_probe("evit.prune", "tome.merge", "trilevel.prune:connections")(torch.randn(2, 3, 32, 32))
     assert used == [(2, 13), (2, 1, 13, 13)]  # Sizes of merged tokens; a mask of connections.
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_a_compiler_computes_what_a_reduction_leaves_before_the_clock_is_read() -> None:
+    """It had computed masks of connections later, so that tables charged Tri-Level's attention level nothing."""
+    subject = reducing_probe("trilevel.prune:connections")
+    with torch.inference_mode():
+        _, codes = run_and_get_code(torch.compile(subject, fullgraph=True), torch.randn(2, 3, 32, 32))
+    marks = re.findall(r"ops\.aten\.(topk)\.default\(|ops\.prunefront\.(lap)\.default\(", codes[0])
+    order = "".join("t" if topk else "|" for topk, _ in marks)
+    assert order == "|" * (len(subject.lap_names) - 1) + "tt|"  # Patches that stay, then connections.
 
 
 @pytest.mark.compile
