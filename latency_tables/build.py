@@ -68,7 +68,7 @@ from latency_tables.parts import (
 )
 from latency_tables.predict import Predictor, corrected_ms
 from latency_tables.probe import CALL, FEED, IDLE, Probe, Stage, timed_by
-from latency_tables.schedules import random_configs
+from latency_tables.schedules import random_configs, telling_configs
 from latency_tables.schema import Dtype, LatencyEntry, LatencyTable, Runtime, WeightMemory
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig
@@ -112,6 +112,8 @@ class BuildSettings:
     reduction_tokens: tuple[float, ...] = (1.0, 0.4, 0.1)  # Tokens entering a timed reduction, as shares.
     reduction_removed: tuple[float, ...] = (0.1, 0.45)  # Patch tokens it removes, as shares of those present.
     reduction_blocks: int = 2  # Blocks per sample of a reduction.
+    # Patch tokens that reductions remove one after the other where they are compiled, as shares of those present.
+    reduction_chain: tuple[float, ...] = (0.5, 0.6)
     num_whole_models: int = 24  # For the correction, beside the dense one.
     blocks: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=30, target_s=0.3)
     reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=20, target_s=0.15)
@@ -155,21 +157,19 @@ def settings_for(device: torch.device, runtime: str) -> BuildSettings:
 
     Attention has steps on CPUs too (16 numbers to a vector; DeiT-S in bf16 at 191 tokens: 5 % more than at 193).
 
-    ``compile`` times two points per reduction, as each lengthens the compilation of a probe by seconds, and no whole
-    model but the dense one, as each takes half a minute. Every entry of ``onnxruntime`` is exported by itself, which
-    takes as long.
+    ``compile`` times few points, as each lengthens the compilation of a probe by seconds, and few whole models, as each
+    takes 15 to 30 seconds to compile. Every entry of ``onnxruntime`` is exported by itself, which takes as long.
     """
     if runtime == "compile":
         return BuildSettings(
-            token_shares=(0.0, 0.25, 0.5, 0.75, 1.0),
+            # From no tokens to a quarter attention is far from a line (DeiT-S, bf16: 73, 125, 181 us at 2, 16, 49).
+            token_shares=(0.0, 0.08, 0.25, 0.5, 0.75, 1.0),
             sized_shares=(0.0, 1.0),
             attention_step=None,
-            max_token_counts=5,
-            chain_blocks=2,
-            reduction_tokens=(1.0, 0.2),
-            reduction_removed=(0.3,),
-            num_whole_models=0,
-            blocks=MeasureSettings(warmup_rounds=2, min_rounds=6, max_rounds=60, target_s=10.0),
+            max_token_counts=6,
+            chain_blocks=1,
+            num_whole_models=2,
+            blocks=MeasureSettings(warmup_rounds=2, min_rounds=6, max_rounds=30, target_s=5.0),
         )
     if runtime in SLOW_TO_PREPARE:
         return BuildSettings(
@@ -487,8 +487,9 @@ class _Build:
         halves = _ProbePlan()
         halves.entries[STEM] = (STEM, geometry.num_patch_tokens, geometry.num_tokens)
         halves.memory_mib[STEM] = self._peak_mib(Stem(self.model), self.images)
+        parts: list[tuple[EntryKey, nn.Module]]
         for count in reversed(settings.token_counts(geometry)):
-            parts: list[tuple[EntryKey, nn.Module]] = []
+            parts = []
             for block in itertools.islice(blocks, min(settings.chain_blocks, geometry.depth)):
                 parts.append(((ATTENTION, count, count), AttentionHalf(block, self.frame)))
                 parts.append(((MLP, count, count), MlpHalf(block, self.frame)))
@@ -503,37 +504,49 @@ class _Build:
             for count in settings.sized_token_counts(geometry):
                 biased = AttentionHalf(next(blocks), self.frame, attention)
                 self._add_stage(others, next(blocks), [((attention, count, count), biased)])
-        for tokens, removed in itertools.product(settings.reduction_token_counts(geometry), settings.reduction_removed):
-            for kind in measured_kinds(geometry, composed=False):
+        for kind in measured_kinds(geometry, composed=False):
+            # One after the other, as in a model: by itself, a reduction finds its code and buffers far away (merging 39
+            # tokens in fp32 took 0.1 ms more).
+            parts = []
+            tokens = geometry.num_tokens
+            for removed in settings.reduction_chain:
                 steps = kind.steps(tokens, removed, geometry.num_prefix_tokens)
-                if steps is not None:
-                    reducing = ReducingBlock(next(blocks), kind, steps, self.frame)
-                    self._add_stage(others, next(blocks), [((kind.entry, tokens, steps[-1].tokens_out), reducing)])
+                if steps is None:
+                    break
+                left = steps[-1].tokens_out
+                parts.append(((kind.entry, tokens, left), ReducingBlock(next(blocks), kind, steps, self.frame)))
+                tokens = left
+            if parts:
+                self._add_stage(others, next(blocks), parts)
 
-        self._measure_together([halves, others])
+        self._measure_together([halves, others], telling_configs(self.spec, geometry)[: settings.num_whole_models])
 
     def _add_stage(self, plan: _ProbePlan, before: Block, parts: Sequence[tuple[EntryKey, nn.Module]]) -> None:
-        """Add parts that run one after the other, unless, run eagerly, they do not fit into memory.
+        """Add parts that run one after the other, less the first ones if, run eagerly, they do not fit into memory.
 
         They follow an untimed MLP (of ``before``), as in a model: attention takes a tenth less after its input was cut.
         """
-        tokens = parts[0][0][1]
-        x = self.tokens[:, :tokens].contiguous()
-        # Of both halves, that of a block.
-        figures = if_it_fits(lambda: [self._peak_mib(part, x) for _, part in parts], self.device)
-        if figures is None:
-            plan.unfit.extend(dict.fromkeys(key for key, _ in parts))
+        peaks = [if_it_fits(partial(self._peak_with_input, part, key[1]), self.device) for key, part in parts]
+        keys = [key for key, _ in parts]
+        # Both halves of a block, or none.
+        unfit = {tokens for (_, tokens, _), peak in zip(keys, peaks, strict=True) if peak is None}
+        first = max((place for place, (_, tokens, _) in enumerate(keys, start=1) if tokens in unfit), default=0)
+        plan.unfit.extend(dict.fromkeys(key for key in keys[:first] if key not in keys[first:]))
+        if first == len(parts):
             return
-        most = None if None in figures else max(cast(list[float], figures)) + x.nbytes / MIB
+        most: dict[int, float | None] = {}  # By tokens: both halves are charged what a block needs.
+        for key, peak in zip(keys[first:], peaks[first:], strict=True):
+            (mib,) = cast(tuple[float | None], peak)
+            most[key[1]] = mib if mib is None else max(mib, most.get(key[1]) or 0.0)
         named = []
-        for key, part in parts:
+        for key, part in parts[first:]:
             name = f"{key[0]} {key[1]} -> {key[2]}"
-            plan.entries[name], plan.memory_mib[name] = key, most
+            plan.entries[name], plan.memory_mib[name] = key, most[key[1]]
             named.append((name, part))
-        plan.stages.append(Stage(tokens=tokens, parts=((FEED, MlpHalf(before, self.frame)), *named)))
+        plan.stages.append(Stage(tokens=keys[first][1], parts=((FEED, MlpHalf(before, self.frame)), *named)))
 
-    def _measure_together(self, plans: Sequence[_ProbePlan]) -> None:
-        """All probes in one run: after another compilation the machine may have another speed."""
+    def _measure_together(self, plans: Sequence[_ProbePlan], configs: Sequence[PruneConfig]) -> None:
+        """All probes and whole models in one run: after another compilation the machine may have another speed."""
         if not {key for plan in plans for key in (*plan.entries.values(), *plan.unfit)} - self._finished_entries():
             return
         started = time.monotonic()
@@ -541,15 +554,26 @@ class _Build:
         self._start_canary()  # Only here: a build that has all its parts need not compile the model.
         subjects: dict[str, Subject] = {}
         rounds: dict[str, int] = {}
+        compilations = len(plans) + len(configs)
         for number, plan in enumerate(plans):
             self._stop_if_asked()
-            self._report("blocks", number / len(plans), f"compiling {len(plan.entries)} parts as one graph")
+            self._report("blocks", number / compilations, f"compiling {len(plan.entries)} parts as one graph")
             name = f"probe {number}"
             subjects[name] = self._probe(plan)
             rounds[name] = rounds_for(warm_up(subjects[name], self.stopwatch, settings), settings)
+        models = {f"schedule {number} of {len(configs)}": config for number, config in enumerate(configs, start=1)}
+        for number, (name, config) in enumerate(models.items(), start=len(plans)):
+            self._stop_if_asked()
+            self._report("blocks", number / compilations, f"compiling {name}")
+            warm = if_it_fits(partial(self._warm, partial(self._whole_model, config), settings), self.device)
+            if warm is None:
+                self._leave_out(name, config)
+            else:
+                subjects[name], rounds[name] = warm.subject, warm.rounds
         canary_ms, measured = self._measure(subjects, rounds, {}, settings, "reductions", 0.0, 1.0)
         entries: list[LatencyEntry] = []
-        for plan, laps in zip(plans, measured.values(), strict=True):
+        for number, plan in enumerate(plans):
+            laps = measured[f"probe {number}"]
             idle_ms = laps[IDLE].median_ms
             for name, key in plan.entries.items():
                 taken = laps[name].less(idle_ms)
@@ -562,7 +586,15 @@ class _Build:
             FinishedGroup(
                 canary_ms=canary_ms,
                 entries=tuple(entries),
-                whole_models=((PruneConfig(model=self.spec, method="hybrid"), canary_ms, 0.0),),
+                whole_models=(
+                    (PruneConfig(model=self.spec, method="hybrid"), canary_ms, 0.0),
+                    *(
+                        (config, measured[name][WHOLE].median_ms, measured[name][WHOLE].iqr_ms)
+                        for name, config in models.items()
+                        if name in measured
+                    ),
+                ),
+                unfit_models=tuple(config for name, config in models.items() if name not in measured),
                 seconds=time.monotonic() - started,
             )
         )
@@ -583,6 +615,12 @@ class _Build:
         forward = prepare(part, "eager", self.dtype, self.device)
         forward(x)
         return peak_memory_mib(partial(forward, x), self.device)
+
+    def _peak_with_input(self, part: nn.Module, tokens: int) -> tuple[float | None]:
+        """`_peak_mib` on so many tokens and what they take; in a tuple, since it may be unknown where it fits."""
+        x = self.tokens[:, :tokens].contiguous()
+        peak_mib = self._peak_mib(part, x)
+        return (None if peak_mib is None else peak_mib + x.nbytes / MIB,)
 
     def _measure_whole_models(self, table: LatencyTable) -> None:
         finished = {
@@ -614,10 +652,7 @@ class _Build:
         makers = {key: partial(self._whole_model, config) for key, config in todo.items()}
         for run in self._runs("whole models", makers, self.settings.models, 0.0, 1.0):
             for key in run.unfit:
-                logger.warning(
-                    "Whole model %s ran out of memory and is left out of the correction", key,
-                    extra={"action": "build_table", "config": todo[key].to_dict()},
-                )  # fmt: skip
+                self._leave_out(key, todo[key])
             self.partial.append(
                 FinishedGroup(
                     canary_ms=run.canary_ms,
@@ -628,6 +663,12 @@ class _Build:
                     seconds=run.seconds,
                 )
             )
+
+    def _leave_out(self, name: str, config: PruneConfig) -> None:
+        logger.warning(
+            "Whole model %s ran out of memory and is left out of the correction", name,
+            extra={"action": "build_table", "config": config.to_dict()},
+        )  # fmt: skip
 
     def _table(self) -> LatencyTable:
         """The table of everything finished so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from latency_tables.errors import ExceedsMemoryError, LatencyTableError
@@ -17,7 +18,9 @@ from prunefront.registry import get_method
 from prunefront.schedule import plan_schedule
 
 LOWEST_COST, HIGHEST_COST = 0.3, 1.0  # Of the dense model.
+TELLING_COST = 0.45
 _TRIES = 60  # Draws of a block pattern before the next method takes a target that this one cannot reach.
+_STRONGEST = 4.0  # Kept share exp(-4) at sites of weight 1.
 _HALVINGS = 14  # Bisection steps; sites then hit their target to about a token.
 
 
@@ -85,6 +88,33 @@ def random_configs(
     return configs
 
 
+def telling_configs(spec: ModelSpec, geometry: ModelGeometry) -> list[PruneConfig]:
+    """Two schedules of about 45 % of the dense model's MACs that tell a correction most, where each takes long to time.
+
+    One reduces in every block; the other has as few tokens after one or two reductions.
+    """
+    can_prune = _usable("evit", geometry, spec)
+    every = [(block, "merge", 1.0) for block in range(geometry.depth)]
+    # Merging halves the tokens at most.
+    early = [(1, "prune", 1.0)] if can_prune else [(block, "merge", 1.0) for block in range(min(3, geometry.depth))]
+    patterns = [("tome", every), ("evit" if can_prune else "tome", early)]
+
+    def cost(config: PruneConfig) -> float:
+        return float(macs_of_schedule(plan_schedule(config, geometry), geometry).model)
+
+    target = TELLING_COST * cost(PruneConfig(model=spec, method="hybrid"))
+    return [_at_cost(partial(_config_at, spec, name, pattern, {}), target, cost)[1] for name, pattern in patterns]
+
+
+def _config_at(
+    spec: ModelSpec, method: str, pattern: Sequence[tuple[int, str, float]], options: dict[str, Any], strength: float
+) -> PruneConfig:
+    sites = tuple(
+        Site(block=block, op=op, keep_ratio=max(1e-3, math.exp(-strength * weight))) for block, op, weight in pattern
+    )
+    return PruneConfig(model=spec, method=method, sites=sites, options=options)
+
+
 def _draw(
     spec: ModelSpec,
     geometry: ModelGeometry,
@@ -98,30 +128,27 @@ def _draw(
     for _ in range(_TRIES):
         options = _draw_options(method_name, draw)
         pattern = _draw_pattern(method_name, geometry, draw)
-
-        def config_at(
-            strength: float,
-            options: dict[str, Any] = options,
-            pattern: list[tuple[int, str, float]] = pattern,
-        ) -> PruneConfig:
-            sites = tuple(
-                Site(block=block, op=op, keep_ratio=max(1e-3, math.exp(-strength * weight)))
-                for block, op, weight in pattern
-            )
-            return PruneConfig(model=spec, method=method_name, sites=sites, options=options)
-
-        low, high = 0.0, 4.0
-        strongest = config_at(high)
-        if (lowest := cost(strongest)) > target:
-            if cheapest is None or lowest < cheapest[0]:
-                cheapest = (lowest, strongest)
-            continue
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if cost(config_at(middle)) > target else (low, middle)
-        return cost(config_at(high)), config_at(high)
+        found = _at_cost(partial(_config_at, spec, method_name, pattern, options), target, cost)
+        if found[0] <= target:
+            return found
+        if cheapest is None or found[0] < cheapest[0]:
+            cheapest = found
     assert cheapest is not None
     return cheapest
+
+
+def _at_cost(
+    config_at: Callable[[float], PruneConfig], target: float, cost: Callable[[PruneConfig], float]
+) -> tuple[float, PruneConfig]:
+    """The config by its strength that costs about ``target``, or the strongest where none gets there; and its cost."""
+    low, high = 0.0, _STRONGEST
+    strongest = config_at(high)
+    if (lowest := cost(strongest)) > target:
+        return lowest, strongest
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(config_at(middle)) > target else (low, middle)
+    return cost(config_at(high)), config_at(high)
 
 
 def _draw_options(method_name: str, draw: random.Random) -> dict[str, Any]:

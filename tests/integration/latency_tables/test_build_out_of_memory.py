@@ -135,7 +135,7 @@ def test_a_compiled_table_is_made_of_the_parts_that_fit(monkeypatch: pytest.Monk
     exhausted.inject(monkeypatch, ReducingBlock, lambda part, x: part.kind.name == "tome.merge", CPU)
     table = build_compiled()
     assert {one.entry for one in table.unfit_entries} == {"block.tome.merge"}
-    assert table.correction.num_models == 1
+    assert table.correction.num_models == 2  # The dense model and one that prunes; the third merges.
     assert predict_latency_ms(table, config_of("evit", {"block": 1, "op": "prune", "tokens": 8})) > 0
     merge = {"block": 1, "op": "merge", "tokens": 9}
     # A block that prunes and merges is made of both.

@@ -153,7 +153,17 @@ def test_a_compiled_table_holds_what_other_reductions_are_made_of(table: Latency
     }  # fmt: skip
     assert {"stem", "head", "attention", "attention.sized", "attention.masked", "mlp"} <= set(table.entries_by_name)
     assert {entry.tokens_in for entry in table.entries_by_name["attention"]} == {2, 4, 8, 13, 17}
-    assert (table.runtime, table.correction.num_models) == ("compile", 1)
+    assert (table.runtime, table.correction.num_models) == ("compile", 3)
+
+
+def test_compiled_reductions_of_a_kind_follow_one_another(table: LatencyTable) -> None:
+    def counts(name: str) -> list[tuple[int, int]]:
+        return sorted((entry.tokens_in, entry.tokens_out) for entry in table.entries_by_name[name])
+
+    # Half of 16 patches, then three fifths of those left, of which merging takes half at most.
+    assert counts("block.evit.prune") == [(9, 4), (17, 9)]
+    assert counts("block.evit.fuse") == [(10, 6), (17, 10)]
+    assert counts("block.tome.merge") == [(9, 5), (17, 9)]
 
 
 def test_a_whole_block_is_charged_its_mlp(table: LatencyTable) -> None:

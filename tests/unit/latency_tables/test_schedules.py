@@ -3,7 +3,7 @@ import pytest
 from latency_tables.build import CORRECTION_SEED
 from latency_tables.errors import LatencyTableError
 from latency_tables.parts import measured_methods
-from latency_tables.schedules import random_configs
+from latency_tables.schedules import random_configs, telling_configs
 from prunefront.config import ModelSpec, PruneConfig
 from prunefront.geometry import geometry_for
 from prunefront.macs import macs
@@ -56,3 +56,17 @@ def test_tri_level_is_drawn_with_and_without_its_attention_level() -> None:
 def test_methods_that_cannot_run_are_refused() -> None:
     with pytest.raises(LatencyTableError, match="None of the methods can run on this model"):
         random_configs(NO_CLASS_TOKEN, geometry_for(NO_CLASS_TOKEN), 3, 0, methods=["evit", "ppt"])
+
+
+def test_two_telling_schedules_reduce_everywhere_and_early_to_the_same_cost() -> None:
+    everywhere, early = telling_configs(DEIT, GEOMETRY)
+    assert [(site.block, site.op) for site in everywhere.sites] == [(block, "merge") for block in range(12)]
+    assert [(site.block, site.op) for site in early.sites] == [(1, "prune")]
+    for config in (everywhere, early):
+        assert macs(config) / DENSE_MACS == pytest.approx(0.45, abs=0.01)
+
+
+def test_telling_schedules_of_a_model_without_a_class_token_only_merge() -> None:
+    configs = telling_configs(NO_CLASS_TOKEN, geometry_for(NO_CLASS_TOKEN))
+    assert {(config.method, site.op) for config in configs for site in config.sites} == {("tome", "merge")}
+    assert len(configs[0].sites) > len(configs[1].sites)
