@@ -96,7 +96,7 @@ def telling_configs(spec: ModelSpec, geometry: ModelGeometry) -> list[PruneConfi
     can_prune = _usable("evit", geometry, spec)
     every = [(block, "merge", 1.0) for block in range(geometry.depth)]
     # Merging halves the tokens at most.
-    early = [(1, "prune", 1.0)] if can_prune else [(block, "merge", 1.0) for block in range(min(3, geometry.depth))]
+    early = [(1, "prune", 1.0)] if can_prune else [(block, "merge", 1.0) for block in range(min(2, geometry.depth))]
     patterns = [("tome", every), ("evit" if can_prune else "tome", early)]
 
     def cost(config: PruneConfig) -> float:
