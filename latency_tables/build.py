@@ -112,8 +112,6 @@ class BuildSettings:
     reduction_tokens: tuple[float, ...] = (1.0, 0.4, 0.1)  # Tokens entering a timed reduction, as shares.
     reduction_removed: tuple[float, ...] = (0.1, 0.45)  # Patch tokens it removes, as shares of those present.
     reduction_blocks: int = 2  # Blocks per sample of a reduction.
-    # Patch tokens that reductions remove one after the other where they are compiled, as shares of those present.
-    reduction_chain: tuple[float, ...] = (0.5, 0.6)
     num_whole_models: int = 24  # For the correction, beside the dense one.
     blocks: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=8, max_rounds=30, target_s=0.3)
     reductions: MeasureSettings = MeasureSettings(warmup_rounds=1, min_rounds=6, max_rounds=20, target_s=0.15)
@@ -163,11 +161,13 @@ def settings_for(device: torch.device, runtime: str) -> BuildSettings:
     if runtime == "compile":
         return BuildSettings(
             # From no tokens to a quarter attention is far from a line (DeiT-S, bf16: 73, 125, 181 us at 2, 16, 49).
-            token_shares=(0.0, 0.08, 0.25, 0.5, 0.75, 1.0),
+            token_shares=(0.0, 0.08, 0.25, 0.5, 1.0),
             sized_shares=(0.0, 1.0),
             attention_step=None,
-            max_token_counts=6,
+            max_token_counts=5,
             chain_blocks=1,
+            reduction_tokens=(1.0, 0.1),
+            reduction_removed=(0.3,),
             num_whole_models=2,
             blocks=MeasureSettings(warmup_rounds=2, min_rounds=6, max_rounds=30, target_s=5.0),
         )
@@ -364,6 +364,7 @@ class _Build:
         # Whose turn it is: a sample goes on with the block after the last of the sample before, whatever that was of.
         # Weights then come from as far as in a whole model; were they those of the sample before, from the cache.
         self._turns = itertools.count()
+        self._drawn: Sequence[PruneConfig] = ()  # Whole models for the correction.
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -487,63 +488,61 @@ class _Build:
         halves = _ProbePlan()
         halves.entries[STEM] = (STEM, geometry.num_patch_tokens, geometry.num_tokens)
         halves.memory_mib[STEM] = self._peak_mib(Stem(self.model), self.images)
-        parts: list[tuple[EntryKey, nn.Module]]
         for count in reversed(settings.token_counts(geometry)):
-            parts = []
+            before = self._halves(next(blocks))
+            halved: list[tuple[EntryKey, nn.Module]] = []
             for block in itertools.islice(blocks, min(settings.chain_blocks, geometry.depth)):
-                parts.append(((ATTENTION, count, count), AttentionHalf(block, self.frame)))
-                parts.append(((MLP, count, count), MlpHalf(block, self.frame)))
-            self._add_stage(halves, next(blocks), parts)
+                attention, mlp = self._halves(block)
+                halved += [((ATTENTION, count, count), attention), ((MLP, count, count), mlp)]
+            self._add_stage(halves, before, halved)
         if not halves.stages:
             raise LatencyTableError("Every part of the model ran out of memory. Choose a smaller batch size.")
         for count in settings.head_token_counts(geometry):
-            self._add_stage(halves, next(blocks), [((HEAD, count, 1), Head(self.model))])
+            self._add_stage(halves, self._halves(next(blocks))[1:], [((HEAD, count, 1), Head(self.model))])
 
         others = _ProbePlan()
-        for attention in biased_attentions(geometry):
+        for name in biased_attentions(geometry):
             for count in settings.sized_token_counts(geometry):
-                biased = AttentionHalf(next(blocks), self.frame, attention)
-                self._add_stage(others, next(blocks), [((attention, count, count), biased)])
-        for kind in measured_kinds(geometry, composed=False):
-            # One after the other, as in a model: by itself, a reduction finds its code and buffers far away (merging 39
-            # tokens in fp32 took 0.1 ms more).
-            parts = []
-            tokens = geometry.num_tokens
-            for removed in settings.reduction_chain:
+                before = self._halves(next(blocks), name)
+                biased = AttentionHalf(next(blocks), self.frame, name)
+                self._add_stage(others, before, [((name, count, count), biased)])
+        for tokens, removed in itertools.product(settings.reduction_token_counts(geometry), settings.reduction_removed):
+            for kind in measured_kinds(geometry, composed=False):
                 steps = kind.steps(tokens, removed, geometry.num_prefix_tokens)
-                if steps is None:
-                    break
-                left = steps[-1].tokens_out
-                parts.append(((kind.entry, tokens, left), ReducingBlock(next(blocks), kind, steps, self.frame)))
-                tokens = left
-            if parts:
-                self._add_stage(others, next(blocks), parts)
+                if steps is not None:
+                    before = self._halves(next(blocks))[1:]
+                    reducing = ReducingBlock(next(blocks), kind, steps, self.frame)
+                    self._add_stage(others, before, [((kind.entry, tokens, steps[-1].tokens_out), reducing)])
 
         self._measure_together([halves, others], telling_configs(self.spec, geometry)[: settings.num_whole_models])
 
-    def _add_stage(self, plan: _ProbePlan, before: Block, parts: Sequence[tuple[EntryKey, nn.Module]]) -> None:
-        """Add parts that run one after the other, less the first ones if, run eagerly, they do not fit into memory.
+    def _halves(self, block: Block, attention: str = ATTENTION) -> list[nn.Module]:
+        """Attention and MLP of a block."""
+        return [AttentionHalf(block, self.frame, attention), MlpHalf(block, self.frame)]
 
-        They follow an untimed MLP (of ``before``), as in a model: attention takes a tenth less after its input was cut.
+    def _add_stage(
+        self, plan: _ProbePlan, before: Sequence[nn.Module], parts: Sequence[tuple[EntryKey, nn.Module]]
+    ) -> None:
+        """Add parts that run one after the other, unless, run eagerly, they do not fit into memory.
+
+        They follow untimed ones, as in a model: attention takes a tenth less after its input was cut than after an MLP.
+        Halves follow a block on as many tokens, as most do; what the first block on another number of tokens takes more
+        (kernels and buffers that were not in use) is thus part of the reduction that changed it.
         """
-        peaks = [if_it_fits(partial(self._peak_with_input, part, key[1]), self.device) for key, part in parts]
-        keys = [key for key, _ in parts]
-        # Both halves of a block, or none.
-        unfit = {tokens for (_, tokens, _), peak in zip(keys, peaks, strict=True) if peak is None}
-        first = max((place for place, (_, tokens, _) in enumerate(keys, start=1) if tokens in unfit), default=0)
-        plan.unfit.extend(dict.fromkeys(key for key in keys[:first] if key not in keys[first:]))
-        if first == len(parts):
+        tokens = parts[0][0][1]
+        x = self.tokens[:, :tokens].contiguous()
+        # Of both halves, that of a block.
+        figures = if_it_fits(lambda: [self._peak_mib(part, x) for _, part in parts], self.device)
+        if figures is None:
+            plan.unfit.extend(dict.fromkeys(key for key, _ in parts))
             return
-        most: dict[int, float | None] = {}  # By tokens: both halves are charged what a block needs.
-        for key, peak in zip(keys[first:], peaks[first:], strict=True):
-            (mib,) = cast(tuple[float | None], peak)
-            most[key[1]] = mib if mib is None else max(mib, most.get(key[1]) or 0.0)
+        most = None if None in figures else max(cast(list[float], figures)) + x.nbytes / MIB
         named = []
-        for key, part in parts[first:]:
+        for key, part in parts:
             name = f"{key[0]} {key[1]} -> {key[2]}"
-            plan.entries[name], plan.memory_mib[name] = key, most[key[1]]
+            plan.entries[name], plan.memory_mib[name] = key, most
             named.append((name, part))
-        plan.stages.append(Stage(tokens=keys[first][1], parts=((FEED, MlpHalf(before, self.frame)), *named)))
+        plan.stages.append(Stage(tokens=tokens, parts=(*((FEED, part) for part in before), *named)))
 
     def _measure_together(self, plans: Sequence[_ProbePlan], configs: Sequence[PruneConfig]) -> None:
         """All probes and whole models in one run: after another compilation the machine may have another speed."""
@@ -616,12 +615,6 @@ class _Build:
         forward(x)
         return peak_memory_mib(partial(forward, x), self.device)
 
-    def _peak_with_input(self, part: nn.Module, tokens: int) -> tuple[float | None]:
-        """`_peak_mib` on so many tokens and what they take; in a tuple, since it may be unknown where it fits."""
-        x = self.tokens[:, :tokens].contiguous()
-        peak_mib = self._peak_mib(part, x)
-        return (None if peak_mib is None else peak_mib + x.nbytes / MIB,)
-
     def _measure_whole_models(self, table: LatencyTable) -> None:
         finished = {
             config.content_hash()
@@ -634,14 +627,16 @@ class _Build:
             """Without the correction: a build that goes on draws what it drew before there was one."""
             return sum(predictor.predict(plan_schedule(config, self.geometry)).part_sums.values())
 
-        try:
-            drawn = random_configs(
-                self.spec, self.geometry, self.settings.num_whole_models, CORRECTION_SEED, cost=cost
-            )  # fmt: skip
-        except ExceedsMemoryError as error:
-            logger.warning("The table goes without a correction: %s", error, extra={"action": "build_table"})
-            return
-        configs = [PruneConfig(model=self.spec, method="hybrid"), *drawn]
+        if not self._drawn:
+            # Once: in another pass, parts that were measured again would make others of it.
+            try:
+                self._drawn = random_configs(
+                    self.spec, self.geometry, self.settings.num_whole_models, CORRECTION_SEED, cost=cost
+                )  # fmt: skip
+            except ExceedsMemoryError as error:
+                logger.warning("The table goes without a correction: %s", error, extra={"action": "build_table"})
+                return
+        configs = [PruneConfig(model=self.spec, method="hybrid"), *self._drawn]
         todo = {
             f"schedule {number} of {len(configs)}": config
             for number, config in enumerate(configs, start=1)
