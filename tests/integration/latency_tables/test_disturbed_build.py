@@ -133,6 +133,7 @@ def test_parts_of_another_speed_than_the_machine_has_in_the_end_are_measured_aga
     assert any("the machine changed its speed" in message for message in told)
     times = {entry.key: entry.median_ms for entry in expected.entries}
     assert len(table.entries) == len(times)
+    assert table.correction.num_models == expected.correction.num_models
     for entry in table.entries:
         assert entry.median_ms == pytest.approx(1.6 * (times[entry.key] or 0.0), rel=0.01)
     # A build that goes on with the file knows which of its lines no longer count.
