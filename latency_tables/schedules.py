@@ -89,15 +89,17 @@ def random_configs(
 
 
 def telling_configs(spec: ModelSpec, geometry: ModelGeometry) -> list[PruneConfig]:
-    """Two schedules of about 45 % of the dense model's MACs that tell a correction most, where each takes long to time.
+    """Two schedules of about 45 % of the dense MACs that tell a correction most, for runtimes where each takes long.
 
     One reduces in every block; the other has as few tokens after one or two reductions.
     """
-    can_prune = _usable("evit", geometry, spec)
     every = [(block, "merge", 1.0) for block in range(geometry.depth)]
-    # Merging halves the tokens at most.
-    early = [(1, "prune", 1.0)] if can_prune else [(block, "merge", 1.0) for block in range(min(2, geometry.depth))]
-    patterns = [("tome", every), ("evit" if can_prune else "tome", early)]
+    second = min(1, geometry.depth - 1)
+    patterns = [("tome", every)]
+    if _usable("evit", geometry, spec):
+        patterns.append(("evit", [(second, "prune", 1.0)]))
+    else:  # Merging halves the tokens at most.
+        patterns.append(("tome", every[: second + 1]))
 
     def cost(config: PruneConfig) -> float:
         return float(macs_of_schedule(plan_schedule(config, geometry), geometry).model)
