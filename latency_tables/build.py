@@ -481,7 +481,7 @@ class _Build:
     def _measure_probes(self) -> None:
         """Halves and ends as one compiled graph, reductions and biased attention as another (`probe`).
 
-        Either has about as many weights as a model, which thus come from as far away as in one.
+        They have the weights of one and of two models, which thus come from as far away as in one.
         """
         geometry, settings = self.geometry, self.settings
         blocks = itertools.cycle(self.blocks)

@@ -12,20 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import prunefront.runtimes
 from latency_tables import build as build_module
 from latency_tables import validate as validate_module
-from latency_tables.build import build_table, settings_for
 from latency_tables.errors import ExceedsMemoryError, LatencyTableError
 from latency_tables.measure import Subject
 from latency_tables.parts import MASKED_ATTENTION, AttentionHalf, ReducingBlock
 from latency_tables.predict import predict_latency_ms
-from latency_tables.schema import LatencyTable
 from latency_tables.validate import validate_table
 from prunefront.compress import compress
 from prunefront.config import PruneConfig, Site
-from prunefront.runtimes import EagerForward
 from tests.integration.latency_tables.test_build import FEW_REDUCTIONS, ONCE, WorkStopwatch, build
+from tests.integration.latency_tables.test_probe import compiled_table
 from tests.unit.latency_tables.fakes import TINY
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -123,17 +120,9 @@ def test_token_counts_are_refined_towards_where_memory_ends(
         validate_table(table, num_schedules=2, settings=ONCE, patience=None, stopwatch=WorkStopwatch())
 
 
-def build_compiled() -> LatencyTable:
-    """With a compiler that changes nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(prunefront.runtimes.RUNTIMES, "compile", EagerForward)
-        settings = dataclasses.replace(settings_for(torch.device("cpu"), "compile"), blocks=ONCE, patience=None)
-        return build_table(TINY, runtime="compile", batch_size=2, settings=settings, stopwatch=WorkStopwatch())
-
-
 def test_a_compiled_table_is_made_of_the_parts_that_fit(monkeypatch: pytest.MonkeyPatch, exhausted: Exhausted) -> None:
     exhausted.inject(monkeypatch, ReducingBlock, lambda part, x: part.kind.name == "tome.merge", CPU)
-    table = build_compiled()
+    table = compiled_table()
     assert {one.entry for one in table.unfit_entries} == {"block.tome.merge"}
     assert table.correction.num_models == 2  # The dense model and one that prunes; the third merges.
     assert predict_latency_ms(table, config_of("evit", {"block": 1, "op": "prune", "tokens": 8})) > 0
@@ -149,7 +138,7 @@ def test_a_compiled_table_of_which_no_block_fits_is_one_sentence(
 ) -> None:
     exhausted.inject(monkeypatch, AttentionHalf, lambda part, x: True, CUDA)
     with pytest.raises(LatencyTableError, match="Every part of the model ran out of memory. Choose a smaller"):
-        build_compiled()
+        compiled_table()
 
 
 class CrowdedStopwatch(WorkStopwatch):
