@@ -12,7 +12,8 @@ method:
 - *linears*: what conversion would be if the model were its linear layers (with their norms and activations) alone, at
   the method's token counts: how well the machine's matrix products turn fewer rows into less time;
 - *over reference*: the eager reference over the method in its fastest runtime;
-- *of peak*: share of the machine's matmul peak, measured in the same run as the fastest of some square products;
+- *of peak*: share of the machine's matmul peak, measured in the same run as the fastest of some square
+  products, eager and compiled;
 - *of roofline* (CUDA): share of the speed that neither this peak nor the memory allows to exceed: weights and images
   read once, logits written, at the bandwidth of a copy in the same run.
 
@@ -25,6 +26,7 @@ Run it on a machine that does nothing else; the record says how busy it was.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -52,7 +54,7 @@ from latency_tables.measure import (
 from prunefront.compress import compress, create_dense
 from prunefront.config import ModelSpec, PruneConfig, Site
 from prunefront.errors import ConfigError, PrunefrontError
-from prunefront.runtimes import DTYPES, RUNTIMES, Forward, cast_modules, use_shared_compile_cache
+from prunefront.runtimes import DTYPES, RUNTIMES, Forward, cast_modules, prepare, use_shared_compile_cache
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
 METHODS = ("evit", "diffrate", "tome", "ppt", "dynamicvit", "hybrid", "spvit", "trilevel")
@@ -61,6 +63,8 @@ DENSE = "dense"
 EAGER_REFERENCE = "reference"
 LINEARS = "linears"
 COPY = "copy"
+MATMUL = "matmul@"
+COMPILE = "compile"
 # Published schedules of hybrid do not exist; EViT's blocks with both of its operations.
 HYBRID = tuple(Site(block=block, op=op, keep_ratio=0.82) for block in (3, 6, 9) for op in ("fuse", "merge"))
 
@@ -150,8 +154,10 @@ def measure(
     if canary is None:
         raise ConfigError(f"No runtime here runs {name} in {dtype}: {'; '.join(left_out.values())}")
     subjects: dict[str, PreparedModel | Forward] = {**ready}
-    for size in PEAK_SIZES[target.type]:
-        subjects[f"matmul@{size}"] = _Product(size, DTYPES[dtype], target)
+    # Packed weights run by other kernels: those of eager products are of AVX2 in fp32 on CPUs of AMD.
+    packing = [COMPILE] if f"{DENSE}@{COMPILE}" in ready else []
+    for size, runtime in itertools.product(PEAK_SIZES[target.type], ["eager", *packing]):
+        subjects[f"{MATMUL}{size}@{runtime}"] = _Product(size, runtime, dtype, target)
     if target.type == "cuda":
         subjects[COPY] = _Copy(COPY_BYTES, target)
     measured = measure_models(
@@ -183,7 +189,7 @@ def prepare_all(
     ready: dict[str, PreparedModel] = {}
     left_out: dict[str, str] = {}
     makers: dict[str, Callable[[], PreparedModel]] = {}
-    packing = "compile" if "compile" in runtimes else runtimes[0]  # Packs weights, which products alone profit from.
+    packing = COMPILE if COMPILE in runtimes else runtimes[0]  # Packs weights, which products alone profit from.
     for key, model in models.items():
         makers |= {f"{key}@{name}": partial(prepared_model, model, name, dtype, device) for name in runtimes}
         if key in REFERENCED:
@@ -225,7 +231,7 @@ def figures(
     num_bytes: Mapping[str, int],
 ) -> dict[str, Any]:
     """What is claimed, from the latencies by ``name@runtime``; roofline and bandwidth where a copy was measured."""
-    sizes = {key: int(key.partition("@")[2]) for key in measured if key.startswith("matmul@")}
+    sizes = {key: int(key.split("@")[1]) for key in measured if key.startswith(MATMUL)}
     peak = max(2 * size**3 / measured[key].median_ms / 1e6 for key, size in sizes.items())  # GFLOP/s
     # A copy reads and writes.
     bandwidth = 2 * COPY_BYTES / measured[COPY].median_ms / 1e6 if COPY in measured else None
@@ -333,13 +339,14 @@ class LinearLayers(nn.Module):
 
 
 class _Product:
-    """A square matrix product; the images it is called with do not matter."""
+    """A square matrix product behind a runtime; the images it is called with do not matter."""
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._a, self._b = torch.randn(2, size, size).to(dtype=dtype, device=device)
+    def __init__(self, size: int, runtime: str, dtype: str, device: torch.device) -> None:
+        self._input = torch.randn(size, size, dtype=DTYPES[dtype], device=device)
+        self._forward = prepare(nn.Linear(size, size, bias=False), runtime, dtype, device)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return torch.mm(self._a, self._b)
+    def __call__(self, images: Tensor) -> Any:
+        return self._forward(self._input)
 
 
 class _Copy:

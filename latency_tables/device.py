@@ -17,6 +17,7 @@ from pydantic import Field
 
 from latency_tables.errors import LatencyTableError
 from prunefront.config import StrictModel
+from prunefront.cpuinfo import CPUINFO, cpu_info
 
 # Instruction sets that decide which matmul kernels a CPU runs; the rest of a CPU's flags does not move latency.
 _DECISIVE_CPU_FLAGS = (
@@ -24,7 +25,6 @@ _DECISIVE_CPU_FLAGS = (
     "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
 _UNTELLING = re.compile(r"\((r|tm)\)|\b(cpu|processor)\b")  # in the names of CPUs
-_CPUINFO = Path("/proc/cpuinfo")
 _VERSIONED_PACKAGES = ("torch", "timm", "prunefront")
 
 
@@ -183,28 +183,20 @@ def _read(path: Path) -> str:
         return ""
 
 
-def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+def cpu_name(cpuinfo: Path = CPUINFO) -> str:
     """Name of the CPU's model, with family and number where the name alone does not tell the generation.
 
     Hypervisors like to say "AMD EPYC" of CPUs that differ by a factor of two.
     """
-    name = _cpu_info("model name", "Model", cpuinfo=cpuinfo) or platform.processor() or platform.machine()
-    family, number = (_cpu_info(key, cpuinfo=cpuinfo) for key in ("cpu family", "model"))
+    name = cpu_info("model name", "Model", path=cpuinfo) or platform.processor() or platform.machine()
+    family, number = (cpu_info(key, path=cpuinfo) for key in ("cpu family", "model"))
     if family and number and not re.search(r"\d", name.partition("@")[0]):
         return f"{name} (family {family}, model {number})"
     return name or "unknown CPU"
 
 
-def _cpu_info(*keys: str, cpuinfo: Path = _CPUINFO) -> str:
-    for line in _read(cpuinfo).splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in keys:
-            return value.strip()
-    return ""
-
-
 def _cpu_features() -> tuple[str, ...]:
-    flags = set(_cpu_info("flags", "Features").split())
+    flags = set(cpu_info("flags", "Features").split())
     return tuple(flag for flag in _DECISIVE_CPU_FLAGS if flag in flags)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from prunefront.cpuinfo import cpu_info
 from prunefront.files import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _built(compiler: str, flags: Sequence[str]) -> Path:
     """Path of the shared library, built if it is not in the cache."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     # Code for this very CPU: home folders are shared between machines.
-    parts = (SOURCE.read_text(), " ".join(flags), version, platform.machine(), _cpu_flags())
+    parts = (SOURCE.read_text(), " ".join(flags), version, platform.machine(), cpu_info("flags", "Features"))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_folder("native") / f"tokens-{key}.so"
     if path.exists():
@@ -105,15 +106,6 @@ def _built(compiler: str, flags: Sequence[str]) -> Path:
             subprocess.run(command, check=True, capture_output=True, text=True)
         linked.replace(path)  # Whole or not at all, whoever else builds it at the same time.
     return path
-
-
-def _cpu_flags() -> str:
-    """What Linux says the CPU can do; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def runs(*tensors: Tensor) -> bool:

@@ -56,7 +56,8 @@ def test_figures_are_of_the_fastest_runtimes() -> None:
     ms = {
         "dense@eager": 40.0, "dense@compile": 30.0, "evit@eager": 24.0, "evit@compile": 25.0, "evit@reference": 36.0,
         "dense@linears": 20.0, "evit@linears": 16.0,
-        "matmul@1024": 2**31 / 1e6 / 200, "matmul@2048": 2**34 / 1e6 / 100,
+        "matmul@1024@eager": 2**31 / 1e6 / 100, "matmul@1024@compile": 2**31 / 1e6 / 200,
+        "matmul@2048@eager": 2**34 / 1e6 / 100,
     }  # fmt: skip
     spec = ModelSpec(name="deit_small_patch16_224")
     configs = {"dense": PruneConfig(model=spec, method="hybrid"), "evit": schedule_of("evit", spec)}
@@ -95,7 +96,7 @@ def test_of_roofline_uses_the_peak_and_the_bandwidth_of_the_same_run() -> None:
     configs = {"dense": PruneConfig(model=spec, method="hybrid"), "evit": schedule_of("evit", spec)}
     ms = {
         "dense@eager": 1.0, "evit@eager": 0.5,
-        "matmul@4096": 2 * 4096**3 / 1e6 / 400_000,  # 400 TFLOP/s
+        "matmul@4096@eager": 2 * 4096**3 / 1e6 / 400_000,  # 400 TFLOP/s
         "copy": 2 * COPY_BYTES / 1e6 / 2000,  # read and written at 2 TB/s
     }  # fmt: skip
     measured = {key: replace(ONE, median_ms=value) for key, value in ms.items()}
@@ -127,7 +128,9 @@ def test_what_a_runtime_cannot_run_is_left_out_with_the_reason() -> None:
     assert list(ready) == ["dense@eager", "dense@linears", "evit@eager", "evit@reference", "evit@linears"]
     assert left_out["evit@onnxruntime"].startswith("ONNX Runtime cannot run bf16 models")
     assert "needs a CUDA device" in left_out["dense@cudagraph"]
-    run = figures({"dense@eager": ONE, "matmul@8": ONE}, {"dense": PruneConfig(model=SMALL, method="hybrid")}, 1, {})
+    run = figures(
+        {"dense@eager": ONE, "matmul@8@eager": ONE}, {"dense": PruneConfig(model=SMALL, method="hybrid")}, 1, {}
+    )
     text = table(described(run) | {"left_out": left_out})
     assert "left out: onnxruntime of dense, evit: ONNX Runtime cannot run bf16 models" in text
 
@@ -145,7 +148,7 @@ def test_linear_layers_alone_work_at_the_counts_of_the_schedule() -> None:
 
 def test_a_method_that_no_runtime_runs_has_no_row() -> None:
     configs = {"dense": PruneConfig(model=SMALL, method="hybrid"), "evit": PruneConfig(model=SMALL, method="evit")}
-    measured = {"dense@eager": ONE, "evit@reference": ONE, "matmul@8": ONE}
+    measured = {"dense@eager": ONE, "evit@reference": ONE, "matmul@8@eager": ONE}
     assert list(figures(measured, configs, 1, {})["rows"]) == ["dense"]
 
 
@@ -225,7 +228,8 @@ def test_a_run_measures_the_dense_model_and_each_method_with_their_weights() -> 
     )  # fmt: skip
     assert list(run["rows"]) == ["dense", "evit"]
     assert set(run["measured"]) == {
-        "dense@eager", "dense@linears", "evit@eager", "evit@linears", "evit@reference", "matmul@1024", "matmul@2048",
+        "dense@eager", "dense@linears", "evit@eager", "evit@linears", "evit@reference",
+        "matmul@1024@eager", "matmul@2048@eager",
     }  # fmt: skip
     assert run["rows"]["dense"]["linears"] == 1.0
     for row in run["rows"].values():

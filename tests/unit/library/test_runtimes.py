@@ -9,9 +9,11 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_cpp_code
 
 import prunefront
 from latency_tables.measure import MeasureSettings, measure_models
+from prunefront import runtimes
 from prunefront.compress import compress
 from prunefront.config import Runtime
 from prunefront.errors import ConfigError, MissingExtraError, UnknownNameError
@@ -114,6 +116,26 @@ def test_a_compiled_forward_packs_its_weights_and_refuses_another_shape() -> Non
             compiled(torch.randn(5, 16))
         linear.weight.zero_()
         torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vendor", "library", "other"),
+    [("AuthenticAMD", "cpu__linear_pointwise", "cpu__mkl_linear"), ("GenuineIntel", "cpu__mkl_linear", "cpu__linear")],
+)
+def test_linear_layers_of_compiled_models_run_by_the_library_that_is_fastest_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, library: str, other: str
+) -> None:
+    monkeypatch.setattr(runtimes, "cpu_info", {"vendor_id": vendor}.__getitem__)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 64, bias=False)).eval()
+    x = torch.randn(8, 64)
+    with torch.inference_mode():
+        logits, code = run_and_get_cpp_code(CompiledForward(model, CPU), x)
+        torch.testing.assert_close(logits, model(x), atol=1e-5, rtol=1e-5)
+    assert library in code
+    assert other not in code
 
 
 def test_a_model_whose_counts_depend_on_the_images_is_not_compiled() -> None:
