@@ -186,9 +186,12 @@ class CompiledForward:
         """The first call."""
         # Freezing must be on while the graph is traced, not only among the compiler's options: else weights stay
         # inputs of the graph, nothing is packed, and torch does not say so. The wrapper around the kernels, in Python
-        # by default, takes as long as some of them.
+        # by default, takes as long as some of them; optimising it like them takes g++ long, and gains nothing.
+        options = {"freezing": self._is_cpu, "cpp_wrapper": self._is_cpu}
+        if hasattr(torch._inductor.config, "cpp_wrapper_build_separate"):  # Not in every version of torch.
+            options["cpp_wrapper_build_separate"] = self._is_cpu
         with (
-            torch._inductor.config.patch(freezing=self._is_cpu, cpp_wrapper=self._is_cpu),
+            torch._inductor.config.patch(options),
             _fastest_linears(),
             self._attention.for_inputs(x),
         ):

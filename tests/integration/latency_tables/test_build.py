@@ -410,6 +410,8 @@ def test_a_reducing_block_compiles_whole(name: str) -> None:
     steps = kind.steps(17, 0.3, 1)
     assert steps is not None
     part = ReducingBlock(cast(Block, model.blocks[0]), kind, steps, Frame.of(model)).eval()
+    for parameter in part.parameters():  # Scores of a fresh predictor are so close that rounding ranks them.
+        torch.nn.init.normal_(parameter, std=0.2)
     x = torch.randn(2, 17, 48)
     with torch.inference_mode():
         torch.testing.assert_close(CompiledForward(part, torch.device("cpu"))(x), part(x), atol=1e-5, rtol=1e-5)
