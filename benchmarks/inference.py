@@ -154,7 +154,7 @@ def measure(
     if canary is None:
         raise ConfigError(f"No runtime here runs {name} in {dtype}: {'; '.join(left_out.values())}")
     subjects: dict[str, PreparedModel | Forward] = {**ready}
-    # Packed weights run by other kernels: those of eager products are of AVX2 in fp32 on CPUs of AMD.
+    # Packed weights may run by another library: in fp32 on CPUs of AMD by oneDNN, eager products by MKL.
     packing = [COMPILE] if f"{DENSE}@{COMPILE}" in ready else []
     for size, runtime in itertools.product(PEAK_SIZES[target.type], ["eager", *packing]):
         subjects[f"{MATMUL}{size}@{runtime}"] = _Product(size, runtime, dtype, target)

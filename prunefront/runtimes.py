@@ -216,8 +216,8 @@ class CompiledForward:
 def _fastest_linears() -> Iterator[None]:
     """Within, linear layers of graphs compiled for a CPU run by the library that is fastest on it.
 
-    In fp32 torch takes MKL, which uses AVX2 at most on CPUs of AMD. oneDNN, as in reduced precision, uses what they
-    have: DeiT-S on a Zen 3 took 0.88 of the time at batch 1, EViT's 0.82; 0.92 and 0.95 at batch 16.
+    In fp32 torch takes MKL, which is slower than oneDNN on CPUs of AMD: DeiT-S on a Zen 3 took 0.88 of the time at
+    batch 1, EViT's 0.82; 0.92 and 0.95 at batch 16.
     """
     from torch._inductor.fx_passes import mkldnn_fusion
 
