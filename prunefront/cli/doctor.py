@@ -106,7 +106,7 @@ def _check_compiler() -> Iterator[Check]:
     if found is None:
         detail = "none; on the CPU, the runtime compile needs one, and merging is slower without (install g++)"
         yield Check(name="C++ compiler", state="warning", detail=detail)
-    elif native.library() is None:
+    elif not native.is_available():
         yield Check(name="C++ compiler", state="warning", detail=f"{found}; it cannot build what merges tokens faster")
     else:
         yield Check(name="C++ compiler", state="ok", detail=found)

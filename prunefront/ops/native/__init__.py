@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import logging
 import os
 import platform
@@ -20,7 +19,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +39,10 @@ FLAGS = (
 # Only to compile, not to link: threads are then those of the library that torch has loaded, not of a second one, whose
 # threads would wait busily beside torch's. Compilers for another library than torch's build for one thread.
 THREADS = "-fopenmp"
-_P, _I = ctypes.c_void_p, ctypes.c_int64
-SIGNATURES = {
-    "merge_matched": (_P, _I, _I, _I, _I, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _P, _I),
-    "sort_and_merge": (_P, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _P, _I),
-}
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# The operators' tensors are torch's, by its C interface.
+_LIBRARIES = Path(torch.__file__).with_name("lib")
+LINK = (f"-L{_LIBRARIES}", "-ltorch_cpu", f"-Wl,-rpath,{_LIBRARIES}")
+DTYPES = (torch.float32, torch.bfloat16)
 
 _is_wanted = True
 
@@ -58,40 +54,50 @@ def find_compiler() -> str | None:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The built functions, from the user's cache where they were built before; None without a compiler.
+def is_available() -> bool:
+    """Whether the operators run here: built, or found in the user's cache where they were built before.
 
-    A compiler that fails is a warning, since everything works without it.
+    Without a compiler they do not; one that fails is a warning, since everything works without it.
     """
     compiler = find_compiler()
     if compiler is None:
-        return None
+        return False
     reason = ""
     for flags in ((*FLAGS, THREADS), FLAGS):
         try:
-            built = ctypes.CDLL(str(_built(compiler, flags)))
+            _register(_built(compiler, flags))
         except subprocess.CalledProcessError as error:
             reason = " ".join(error.stderr.split())[-300:] or f"exit code {error.returncode}"
         except OSError as error:
             reason = str(error)
         else:
-            for (name, arguments), dtype in itertools.product(SIGNATURES.items(), DTYPES.values()):
-                function = getattr(built, f"prunefront_{name}_{dtype}")
-                function.argtypes, function.restype = arguments, None
-            return built
+            return True
     logger.warning(
         "Tokens are merged by torch alone, which takes longer on a CPU: %s could not build %s (%s)",
         compiler, SOURCE.name, reason,
         extra={"action": "build_native", "compiler": compiler},
     )  # fmt: skip
-    return None
+    return False
+
+
+@cache
+def _register(path: Path) -> None:
+    """Give torch the operators of a built library; a process can do so once.
+
+    Raises:
+        OSError: If it cannot be loaded: by a torch before 2.7, which lacks the interface.
+    """
+    if error := ctypes.CDLL(str(path)).prunefront_register():
+        raise OSError(f"torch does not take its operators, error {error}")
 
 
 def _built(compiler: str, flags: Sequence[str]) -> Path:
     """Path of the shared library, built if it is not in the cache."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     # Code for this very CPU: home folders are shared between machines.
-    parts = (SOURCE.read_text(), " ".join(flags), version, platform.machine(), cpu_info("flags", "Features"))
+    parts = (
+        SOURCE.read_text(), " ".join((*flags, *LINK)), version, platform.machine(), cpu_info("flags", "Features"),
+    )  # fmt: skip
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_folder("native") / f"tokens-{key}.so"
     if path.exists():
@@ -101,7 +107,7 @@ def _built(compiler: str, flags: Sequence[str]) -> Path:
         compiled, linked = Path(folder) / "tokens.o", Path(folder) / path.name
         for command in (
             [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
+            [compiler, "-shared", str(compiled), *LINK, "-o", str(linked)],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         linked.replace(path)  # Whole or not at all, whoever else builds it at the same time.
@@ -123,7 +129,7 @@ def runs(*tensors: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_there() -> bool:
-    return library() is not None
+    return is_available()
 
 
 @contextlib.contextmanager
@@ -188,34 +194,6 @@ def sort_and_merge(
     return merged
 
 
-@torch.library.impl(_operators, "merge_matched", "CPU")
-def _merge_matched(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, removed: int) -> tuple[Tensor, Tensor]:
-    if metric.stride(-1) != 1:
-        metric = metric.contiguous()
-    x, size = x.contiguous(), _rows(size)
-    out, out_size = _outputs(x, x.shape[1] - removed)
-    batch, groups, present, depth = metric.shape
-    _function("merge_matched", x)(
-        metric.data_ptr(), batch, groups, present, depth, *metric.stride()[:3], x.data_ptr(), *_sizes(size),
-        prefix, x.shape[2], removed, out.data_ptr(), out_size.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out, out_size
-
-
-@torch.library.impl(_operators, "sort_and_merge", "CPU")
-def _sort_and_merge(
-    scores: Tensor, x: Tensor, size: Tensor | None, prefix: int, pruned_to: int, merged_to: int
-) -> tuple[Tensor, Tensor]:
-    scores, x, size = scores.contiguous(), x.contiguous(), _rows(size)
-    batch, tokens, width = x.shape
-    out, out_size = _outputs(x, prefix + merged_to)
-    _function("sort_and_merge", x)(
-        scores.data_ptr(), batch, tokens - prefix, x.data_ptr(), *_sizes(size), prefix, width, pruned_to, merged_to,
-        out.data_ptr(), out_size.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out, out_size
-
-
 @torch.library.register_fake("prunefront_native::merge_matched")  # type: ignore[untyped-decorator]
 def _(metric: Tensor, x: Tensor, size: Tensor | None, prefix: int, removed: int) -> tuple[Tensor, Tensor]:
     return _outputs(x, x.shape[1] - removed)
@@ -250,21 +228,6 @@ def _sort_and_merge_flops(
     return 2 * 2 * x[0] * (pruned_to - merged_to) * merged_to * x[2]
 
 
-def _function(name: str, x: Tensor) -> Any:
-    built = library()
-    assert built is not None
-    return getattr(built, f"prunefront_{name}_{DTYPES[x.dtype]}")
-
-
 def _outputs(x: Tensor, left: int) -> tuple[Tensor, Tensor]:
     """Room for ``left`` tokens of each image and for their sizes."""
     return x.new_empty((x.shape[0], left, x.shape[2])), x.new_empty((x.shape[0], left), dtype=torch.float32)
-
-
-def _rows(size: Tensor | None) -> Tensor | None:
-    """Sizes whose rows are contiguous; all images may share one."""
-    return size if size is None or size.stride(-1) == 1 else size.contiguous()
-
-
-def _sizes(size: Tensor | None) -> tuple[int | None, int]:
-    return (None, 0) if size is None else (size.data_ptr(), size.stride(0))

@@ -1,15 +1,46 @@
 // Merging tokens on a CPU: what torch needs a dozen small operators for, each of which costs more than the arithmetic of
 // a whole merge at batch 1. `prunefront/ops/merge.py` says what is computed, and why.
 //
-// Plain C functions: built by whatever compiler is there in two seconds, without torch's headers. Row-major, float32 or
-// bfloat16 tokens, float32 sizes; sums are in float32.
+// Built by whatever compiler is there in two seconds, without torch's headers. Row-major, float32 or bfloat16 tokens,
+// float32 sizes; sums are in float32.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
+#include <utility>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// The part of torch's stable C interface that is needed here; torch/csrc/inductor/aoti_torch/c/shim.h says what is
+// promised of it. Arguments and results of an operator are on one stack: numbers as they are, tensors as handles that
+// the operator owns, what may be None as null or as the address of a value on the heap.
+extern "C" {
+using AtenTensorHandle = struct AtenTensorOpaque*;
+using TorchLibraryHandle = struct TorchLibraryOpaque*;
+using StableIValue = uint64_t;
+
+int32_t aoti_torch_device_type_cpu();
+int32_t aoti_torch_dtype_float32();
+int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** data);
+int32_t aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* dtype);
+int32_t aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** sizes);
+int32_t aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** strides);
+int32_t aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                 int32_t device_type, int32_t device_index, AtenTensorHandle* made);
+int32_t aoti_torch_copy_(AtenTensorHandle to, AtenTensorHandle from, int32_t non_blocking);
+int32_t aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
+int32_t aoti_torch_library_init_impl(const char* name, const char* dispatch_key, const char* file, uint32_t line,
+                                     TorchLibraryHandle* made);
+int32_t aoti_torch_library_impl(TorchLibraryHandle library, const char* name,
+                                void (*function)(StableIValue*, uint64_t, uint64_t));
+}
 
 namespace {
 
@@ -360,24 +391,151 @@ void sort_and_merge(const float* scores, int64_t batch, int64_t present, const T
     });
 }
 
-}  // namespace
+// --- operators ------------------------------------------------------------------------------------------------------
 
-#define PRUNEFRONT_FOR(NAME, TYPE)                                                                                     \
-    extern "C" void prunefront_merge_matched_##NAME(                                                                   \
-        const void* metric, int64_t batch, int64_t groups, int64_t present, int64_t depth, int64_t per_image,          \
-        int64_t per_group, int64_t per_token, const void* x, const float* size, int64_t size_per_image, int64_t prefix, \
-        int64_t width, int64_t removed, void* out, float* out_size, int64_t threads) {                                  \
-        merge_matched(static_cast<const TYPE*>(metric), batch, groups, present, depth, per_image, per_group, per_token, \
-                      static_cast<const TYPE*>(x), size, size_per_image, prefix, width, removed,                       \
-                      static_cast<TYPE*>(out), out_size, threads);                                                     \
-    }                                                                                                                  \
-    extern "C" void prunefront_sort_and_merge_##NAME(                                                                  \
-        const float* scores, int64_t batch, int64_t present, const void* x, const float* size, int64_t size_per_image, \
-        int64_t prefix, int64_t width, int64_t pruned_to, int64_t merged_to, void* out, float* out_size,               \
-        int64_t threads) {                                                                                             \
-        sort_and_merge(scores, batch, present, static_cast<const TYPE*>(x), size, size_per_image, prefix, width,       \
-                       pruned_to, merged_to, static_cast<TYPE*>(out), out_size, threads);                              \
+void require_done(int32_t error) {
+    if (error) throw std::runtime_error("prunefront_native: torch refused what was asked of it (see the lines above)");
+}
+
+// A tensor on the CPU, given back when it goes.
+class Tensor {
+   public:
+    explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+        require_done(aoti_torch_get_sizes(handle, &sizes_));
+        require_done(aoti_torch_get_strides(handle, &strides_));
+        require_done(aoti_torch_get_dtype(handle, &dtype_));
+    }
+    Tensor(Tensor&& other) noexcept
+        : handle_(std::exchange(other.handle_, nullptr)),
+          sizes_(other.sizes_),
+          strides_(other.strides_),
+          dtype_(other.dtype_) {}
+    Tensor& operator=(Tensor&&) = delete;
+    ~Tensor() {
+        if (handle_) aoti_torch_delete_tensor_object(handle_);
     }
 
-PRUNEFRONT_FOR(float32, float)
-PRUNEFRONT_FOR(bfloat16, BFloat16)
+    static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+        std::vector<int64_t> strides(sizes.size(), 1);
+        for (size_t dim = sizes.size() - 1; dim > 0; --dim) strides[dim - 1] = strides[dim] * sizes[dim];
+        AtenTensorHandle made = nullptr;
+        require_done(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                              aoti_torch_device_type_cpu(), 0, &made));
+        return Tensor(made);
+    }
+
+    // Itself where the elements of its last `dims` of `all` dimensions lie side by side, else a copy where they do.
+    static Tensor with_rows(Tensor own, size_t all, size_t dims) {
+        int64_t step = 1;
+        bool is_dense = true;
+        for (size_t dim = all; dim-- > all - dims; step *= own.size(dim))
+            is_dense = is_dense && (own.size(dim) == 1 || own.stride(dim) == step);
+        if (is_dense) return own;
+        Tensor copy = empty({own.sizes_, own.sizes_ + all}, own.dtype_);
+        require_done(aoti_torch_copy_(copy.handle_, own.handle_, 0));
+        return copy;
+    }
+
+    int64_t size(size_t dim) const { return sizes_[dim]; }
+    int64_t stride(size_t dim) const { return strides_[dim]; }
+    int32_t dtype() const { return dtype_; }
+
+    template <typename T>
+    T* data() const {
+        void* data = nullptr;
+        require_done(aoti_torch_get_data_ptr(handle_, &data));
+        return static_cast<T*>(data);
+    }
+
+    StableIValue release() { return reinterpret_cast<StableIValue>(std::exchange(handle_, nullptr)); }
+
+   private:
+    AtenTensorHandle handle_;
+    int64_t* sizes_ = nullptr;
+    int64_t* strides_ = nullptr;
+    int32_t dtype_ = 0;
+};
+
+Tensor tensor_from(StableIValue value, size_t dims, size_t dense_dims) {
+    return Tensor::with_rows(Tensor(reinterpret_cast<AtenTensorHandle>(value)), dims, dense_dims);
+}
+
+// Sizes of tokens, (B, N), which all images may share; null where there are none.
+class Sizes {
+   public:
+    explicit Sizes(StableIValue value) {
+        if (!value) return;
+        auto* const held = reinterpret_cast<StableIValue*>(value);
+        given_.push_back(tensor_from(*held, 2, 1));
+        delete held;
+    }
+    const float* data() const { return given_.empty() ? nullptr : given_[0].data<float>(); }
+    int64_t per_image() const { return given_.empty() ? 0 : given_[0].stride(0); }
+
+   private:
+    std::vector<Tensor> given_;
+};
+
+int64_t num_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// Calls `body` with a number of the type of the elements.
+template <typename Body>
+void for_type_of(const Tensor& x, const Body& body) {
+    if (x.dtype() == aoti_torch_dtype_float32())
+        body(float{});
+    else if (x.dtype() == aoti_torch_dtype_bfloat16())
+        body(BFloat16{});
+    else
+        throw std::runtime_error("prunefront_native: expected tokens in float32 or bfloat16; use torch's operators");
+}
+
+// merge_matched(Tensor metric, Tensor x, Tensor? size, int prefix, int removed) -> (Tensor, Tensor)
+void merge_matched_operator(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor metric = tensor_from(stack[0], 4, 1), x = tensor_from(stack[1], 3, 3);
+    const Sizes size(stack[2]);
+    const int64_t prefix = stack[3], removed = stack[4];
+    const int64_t batch = x.size(0), left = x.size(1) - removed, width = x.size(2);
+    Tensor out = Tensor::empty({batch, left, width}, x.dtype());
+    Tensor out_size = Tensor::empty({batch, left}, aoti_torch_dtype_float32());
+    for_type_of(x, [&](auto element) {
+        using T = decltype(element);
+        merge_matched(metric.data<T>(), batch, metric.size(1), metric.size(2), metric.size(3), metric.stride(0),
+                      metric.stride(1), metric.stride(2), x.data<T>(), size.data(), size.per_image(), prefix, width,
+                      removed, out.data<T>(), out_size.data<float>(), num_threads());
+    });
+    stack[0] = out.release();
+    stack[1] = out_size.release();
+}
+
+// sort_and_merge(Tensor scores, Tensor x, Tensor? size, int prefix, int pruned_to, int merged_to) -> (Tensor, Tensor)
+void sort_and_merge_operator(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor scores = tensor_from(stack[0], 2, 2), x = tensor_from(stack[1], 3, 3);
+    const Sizes size(stack[2]);
+    const int64_t prefix = stack[3], pruned_to = stack[4], merged_to = stack[5];
+    const int64_t batch = x.size(0), width = x.size(2);
+    Tensor out = Tensor::empty({batch, prefix + merged_to, width}, x.dtype());
+    Tensor out_size = Tensor::empty({batch, prefix + merged_to}, aoti_torch_dtype_float32());
+    for_type_of(x, [&](auto element) {
+        using T = decltype(element);
+        sort_and_merge(scores.data<float>(), batch, scores.size(1), x.data<T>(), size.data(), size.per_image(), prefix,
+                       width, pruned_to, merged_to, out.data<T>(), out_size.data<float>(), num_threads());
+    });
+    stack[0] = out.release();
+    stack[1] = out_size.release();
+}
+
+}  // namespace
+
+// Makes torch's operators of these names run here; not 0 if torch refuses. To be called once.
+extern "C" int32_t prunefront_register() {
+    TorchLibraryHandle library = nullptr;
+    if (int32_t error = aoti_torch_library_init_impl("prunefront_native", "CPU", __FILE__, __LINE__, &library)) return error;
+    if (int32_t error = aoti_torch_library_impl(library, "merge_matched", merge_matched_operator)) return error;
+    return aoti_torch_library_impl(library, "sort_and_merge", sort_and_merge_operator);
+}
