@@ -7,7 +7,6 @@ model is a subject with one lap; `build` times halves of blocks inside a running
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import itertools
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from latency_tables.device import torch_device, usable_threads
 from latency_tables.errors import LatencyTableError, MeasurementStoppedError
 from latency_tables.foreign_cpu import CpuWatch, LinuxCpuWatch, Patience, foreign_cores
-from prunefront.runtimes import DTYPES, Forward, cast_modules, prepare
+from prunefront.runtimes import DTYPES, Forward, cast_modules, freed_memory_returned, prepare
 
 Lap = Callable[[str], None]
 Subject = Callable[[Lap], object]
@@ -641,8 +640,9 @@ def peak_memory_mib(
 ) -> float | None:
     """Weights of ``model`` plus the most memory that one ``run`` needs on top of what was in use, in MiB.
 
-    On the CPU this is resident memory as Linux counts it (the peak is reset before the run), elsewhere None; None too
-    for ONNX Runtime on a GPU, whose own allocator torch does not see.
+    On the CPU this is resident memory as Linux counts it (the peak is reset before the run, and what is freed goes
+    back to the system meanwhile), elsewhere None; None too for ONNX Runtime on a GPU, whose allocator torch does not
+    see.
     """
     weights = weights_mib(model) if model is not None else 0.0
     if device.type == "cuda":
@@ -654,13 +654,13 @@ def peak_memory_mib(
         run()
         torch.cuda.synchronize(device)
         return weights + (torch.cuda.max_memory_allocated(device) - before) / MIB
-    _return_freed_memory()
     try:
-        # "5" resets the peak resident size of this process (proc(5)).
-        Path("/proc/self/clear_refs").write_text("5")
-        before_kib = _status_kib("VmRSS")
-        run()
-        peak_kib = _status_kib("VmHWM")
+        with freed_memory_returned():
+            # "5" resets the peak resident size of this process (proc(5)).
+            Path("/proc/self/clear_refs").write_text("5")
+            before_kib = _status_kib("VmRSS")
+            run()
+            peak_kib = _status_kib("VmHWM")
     except OSError:
         return None
     if before_kib is None or peak_kib is None:
@@ -671,12 +671,6 @@ def peak_memory_mib(
 def weights_mib(model: nn.Module) -> float:
     """Parameters and buffers, MiB."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / MIB
-
-
-def _return_freed_memory() -> None:
-    """Give freed heap back to the system, or a run would seem to need no memory: it re-uses what lies around."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_kib(field: str) -> int | None:

@@ -79,7 +79,9 @@ def cast_modules(modules: Sequence[nn.Module], dtype: torch.dtype, device: torch
 # Parameters of mallopt(3), the largest threshold that it takes, and the variables by which users set them.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_FROM_HEAP = 32 * 2**20
-_MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+_MALLOC_VARIABLES = (
+    "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES",
+)  # fmt: skip
 
 
 @functools.cache
@@ -92,12 +94,62 @@ def keep_freed_memory() -> None:
     ``malloc_trim`` gives it back. Buffers above 32 MiB, other C libraries, and settings by environment variables stay
     as they are.
     """
-    if any(name in os.environ for name in (*_MALLOC_VARIABLES, "GLIBC_TUNABLES")):
+    if any(name in os.environ for name in _MALLOC_VARIABLES):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_LEAST_MAPPED = 64 * 2**10
+
+
+class _Mallinfo2(ctypes.Structure):
+    """mallinfo2(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within, what a forward pass frees goes back to the system at once, so that resident memory is what is in use.
+
+    Otherwise it also holds whatever the process freed before: the more models it has run, the more. Buffers from 64 KiB
+    on are mapped one by one. Free places in the heap, which the C library would use first, are taken meanwhile; nobody
+    writes to them, so they need no memory. Only with glibc 2.33 or later, and without settings by environment
+    variables.
+    """
+    keep_freed_memory()
+    library = ctypes.CDLL(None)
+    trim = getattr(library, "malloc_trim", lambda _: None)
+    if any(name in os.environ for name in _MALLOC_VARIABLES) or not hasattr(library, "mallinfo2"):
+        trim(0)
+        yield
+        return
+    library.mallinfo2.restype, library.malloc.restype = _Mallinfo2, ctypes.c_void_p
+    library.malloc.argtypes, library.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    taken: list[int] = []
+    library.mallopt(_M_MMAP_THRESHOLD, _LEAST_MAPPED)
+    try:
+        size = 2**30
+        while size >= _LEAST_MAPPED:
+            num_mapped = library.mallinfo2().hblks
+            place = library.malloc(size)
+            if place is not None and library.mallinfo2().hblks == num_mapped:
+                taken.append(place)
+            else:
+                library.free(place)
+                size //= 2
+        trim(0)
+        yield
+    finally:
+        library.mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
+        for place in taken:
+            library.free(place)
 
 
 class FastestAttention:
