@@ -22,9 +22,14 @@ class Surface:
 
     Shares, unlike counts, mean the same in every row. Beyond the outermost share or row the nearest one is taken; a
     single row is scaled in proportion to the tokens entering.
+
+    Args:
+        points: By tokens entering and leaving.
+        power: Of the tokens entering, with which the value grows.
     """
 
-    def __init__(self, points: Mapping[tuple[int, int], float]) -> None:
+    def __init__(self, points: Mapping[tuple[int, int], float], *, power: int = 1) -> None:
+        self._power = power
         rows: dict[int, dict[float, float]] = {}
         for (tokens_in, tokens_out), value in points.items():
             rows.setdefault(tokens_in, {})[share_removed(tokens_in, tokens_out)] = value
@@ -36,15 +41,15 @@ class Surface:
     def __call__(self, tokens_in: int, tokens_out: int) -> float:
         share = share_removed(tokens_in, tokens_out)
         if len(self._rows) == 1:
-            return interpolate(*self._rows[0], share) * (tokens_in / self._tokens_in[0])
+            return interpolate(*self._rows[0], share) * (tokens_in / self._tokens_in[0]) ** self._power
         above = bisect_left(self._tokens_in, tokens_in)
         if above < len(self._tokens_in) and self._tokens_in[above] == tokens_in:
             return interpolate(*self._rows[above], share)
         if above == 0 or above == len(self._tokens_in):
             return interpolate(*self._rows[min(above, len(self._rows) - 1)], share)
-        ends = (self._tokens_in[above - 1], self._tokens_in[above])
+        ends = [self._tokens_in[row] ** self._power for row in (above - 1, above)]
         values = [interpolate(*self._rows[row], share) for row in (above - 1, above)]
-        return interpolate(ends, values, tokens_in)
+        return interpolate(ends, values, tokens_in**self._power)
 
 
 def in_proportion(points: Mapping[int, float], tokens: int) -> float:

@@ -134,7 +134,8 @@ class Predictor:
                 {
                     (t_in, t_out): ms - self._halves_ms(kind, t_in, t_out)
                     for (t_in, t_out), ms in groups[kind.entry].items()
-                }
+                },
+                power=2 if kind.masks_attention else 1,  # A mask has an element for each pair of tokens.
             )
             for kind in REDUCTION_KINDS.values()
             if kind.entry in groups

@@ -45,6 +45,13 @@ def test_surface_goes_by_share_within_a_row_and_by_tokens_between_rows() -> None
     assert surface(50, 45) == 1.0  # below the first row: the nearest one
 
 
+def test_surface_of_what_grows_with_the_square_of_tokens() -> None:
+    surface = Surface({(100, 90): 1.0, (200, 180): 4.0}, power=2)
+    assert surface(150, 135) == pytest.approx(2.25)
+    assert surface(100, 90) == 1.0 and surface(200, 180) == 4.0
+    assert Surface({(100, 90): 1.0}, power=2)(50, 45) == pytest.approx(0.25)
+
+
 def test_a_single_row_is_scaled_in_proportion_to_its_tokens() -> None:
     surface = Surface({(100, 90): 2.0, (100, 50): 4.0})
     assert surface(50, 45) == pytest.approx(1.0)
