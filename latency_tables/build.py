@@ -506,8 +506,11 @@ class _Build:
                 before = self._halves(next(blocks), name)
                 biased = AttentionHalf(next(blocks), self.frame, name)
                 self._add_stage(others, before, [((name, count, count), biased)])
+        # Not what costs as much as another one. But two in one block: their sum would charge what a new number of
+        # tokens takes (kernels that were not in use) twice.
+        kinds = [kind for kind in measured_kinds(geometry) if len(kind.parts) != 1]
         for tokens, removed in itertools.product(settings.reduction_token_counts(geometry), settings.reduction_removed):
-            for kind in measured_kinds(geometry, composed=False):
+            for kind in kinds:
                 steps = kind.steps(tokens, removed, geometry.num_prefix_tokens)
                 if steps is not None:
                     before = self._halves(next(blocks))[1:]

@@ -121,15 +121,16 @@ def test_token_counts_are_refined_towards_where_memory_ends(
 
 
 def test_a_compiled_table_is_made_of_the_parts_that_fit(monkeypatch: pytest.MonkeyPatch, exhausted: Exhausted) -> None:
-    exhausted.inject(monkeypatch, ReducingBlock, lambda part, x: part.kind.name == "tome.merge", CPU)
+    unfit = {"block.tome.merge", "block.hybrid.prune+merge"}
+    exhausted.inject(monkeypatch, ReducingBlock, lambda part, x: part.kind.entry in unfit, CPU)
     table = compiled_table()
-    assert {one.entry for one in table.unfit_entries} == {"block.tome.merge"}
+    assert {one.entry for one in table.unfit_entries} == unfit
     assert table.correction.num_models == 2  # The dense model and one that prunes; the third merges.
     assert predict_latency_ms(table, config_of("evit", {"block": 1, "op": "prune", "tokens": 8})) > 0
     merge = {"block": 1, "op": "merge", "tokens": 9}
-    # A block that prunes and merges is made of both.
-    for config in (config_of("tome", merge), config_of("hybrid", {"block": 1, "op": "prune", "tokens": 12}, merge)):
-        with pytest.raises(ExceedsMemoryError, match="Block 1 needs 'block.tome.merge'"):
+    both = config_of("hybrid", {"block": 1, "op": "prune", "tokens": 12}, merge)
+    for config, entry in ((config_of("tome", merge), "block.tome.merge"), (both, "block.hybrid.prune.merge")):
+        with pytest.raises(ExceedsMemoryError, match=f"Block 1 needs '{entry}'"):
             predict_latency_ms(table, config)
 
 

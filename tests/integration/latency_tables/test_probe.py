@@ -149,10 +149,11 @@ def test_a_compiled_probe_reads_the_clock_in_order_and_computes_the_same() -> No
     assert torch.equal(images, before)
 
 
-def test_a_compiled_table_holds_what_other_reductions_are_made_of(table: LatencyTable) -> None:
+def test_a_compiled_table_holds_all_reductions_but_those_that_cost_what_another_does(table: LatencyTable) -> None:
     names = {name for name in table.entries_by_name if name.startswith("block.")}
     assert names == {
-        "block.evit.prune", "block.evit.fuse", "block.tome.merge", "block.diffrate.merge_mean",
+        "block.evit.prune", "block.evit.fuse", "block.tome.merge", "block.ppt.pool_or_prune",
+        "block.diffrate.merge_mean", "block.hybrid.prune+merge", "block.hybrid.fuse+merge",
         "block.dynamicvit.select", "block.spvit.select", "block.trilevel.prune:connections",
     }  # fmt: skip
     assert {"stem", "head", "attention", "attention.sized", "attention.masked", "mlp"} <= set(table.entries_by_name)
