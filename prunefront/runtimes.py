@@ -94,12 +94,16 @@ def keep_freed_memory() -> None:
     ``malloc_trim`` gives it back. Buffers above 32 MiB, other C libraries, and settings by environment variables stay
     as they are.
     """
-    if any(name in os.environ for name in _MALLOC_VARIABLES):
+    if _user_sets_malloc():
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _user_sets_malloc() -> bool:
+    return any(name in os.environ for name in _MALLOC_VARIABLES)
 
 
 _LEAST_MAPPED = 64 * 2**10
@@ -126,7 +130,7 @@ def freed_memory_returned() -> Iterator[None]:
     keep_freed_memory()
     library = ctypes.CDLL(None)
     trim = getattr(library, "malloc_trim", lambda _: None)
-    if any(name in os.environ for name in _MALLOC_VARIABLES) or not hasattr(library, "mallinfo2"):
+    if _user_sets_malloc() or not hasattr(library, "mallinfo2"):
         trim(0)
         yield
         return

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -466,14 +467,14 @@ class Sizes {
     explicit Sizes(StableIValue value) {
         if (!value) return;
         auto* const held = reinterpret_cast<StableIValue*>(value);
-        given_.push_back(tensor_from(*held, 2, 1));
+        given_.emplace(tensor_from(*held, 2, 1));
         delete held;
     }
-    const float* data() const { return given_.empty() ? nullptr : given_[0].data<float>(); }
-    int64_t per_image() const { return given_.empty() ? 0 : given_[0].stride(0); }
+    const float* data() const { return given_ ? given_->data<float>() : nullptr; }
+    int64_t per_image() const { return given_ ? given_->stride(0) : 0; }
 
    private:
-    std::vector<Tensor> given_;
+    std::optional<Tensor> given_;
 };
 
 int64_t num_threads() {
