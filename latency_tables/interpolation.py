@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class Curve:
@@ -50,6 +50,33 @@ class Surface:
         ends = [self._tokens_in[row] ** self._power for row in (above - 1, above)]
         values = [interpolate(*self._rows[row], share) for row in (above - 1, above)]
         return interpolate(ends, values, tokens_in**self._power)
+
+
+class PairCurve:
+    """A value by tokens leaving, however many entered, that grows with their pairs: their square.
+
+    Beyond the most tokens it goes on as between the last two counts, but never falls; of a single count, in proportion.
+    Below the least it is constant.
+    """
+
+    def __init__(self, points: Mapping[tuple[int, int], float]) -> None:
+        squares = {tokens_out**2: value for (_, tokens_out), value in points.items()}
+        self._squares = tuple(sorted(squares))
+        self._values = tuple(squares[at] for at in self._squares)
+
+    def __call__(self, tokens_in: int, tokens_out: int) -> float:
+        square = tokens_out**2
+        beyond = square - self._squares[-1]
+        if beyond <= 0:
+            return interpolate(self._squares, self._values, square)
+        (before, low), (last, high) = [(0, 0.0), *zip(self._squares, self._values, strict=True)][-2:]
+        return high + beyond * max(0.0, high - low) / (last - before)
+
+
+def has_one_share(points: Iterable[tuple[int, int]]) -> bool:
+    """Whether reductions were measured with one share removed for each number of tokens entering."""
+    entering = [tokens_in for tokens_in, _ in points]
+    return len(entering) == len(set(entering))
 
 
 def in_proportion(points: Mapping[int, float], tokens: int) -> float:

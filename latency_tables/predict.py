@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from latency_tables.device import DeviceInfo
 from latency_tables.errors import ExceedsMemoryError, LatencyTableError, UnmeasuredTokensError
-from latency_tables.interpolation import Curve, Surface, in_proportion
+from latency_tables.interpolation import Curve, PairCurve, Surface, has_one_share, in_proportion
 from latency_tables.memory import MemoryLookup
 from latency_tables.parts import (
     ATTENTION,
@@ -130,12 +130,12 @@ class Predictor:
         self._stem = {tokens_out: ms for (_, tokens_out), ms in groups.get(STEM, {}).items()}
         self._head = Curve({tokens_in: ms for (tokens_in, _), ms in groups.get(HEAD, {}).items()} or {0: 0.0})
         self._overhead = {
-            kind.name: Surface(
+            kind.name: _overhead(
+                kind,
                 {
                     (t_in, t_out): ms - self._halves_ms(kind, t_in, t_out)
                     for (t_in, t_out), ms in groups[kind.entry].items()
                 },
-                power=2 if kind.masks_attention else 1,  # A mask has an element for each pair of tokens.
             )
             for kind in REDUCTION_KINDS.values()
             if kind.entry in groups
@@ -457,6 +457,15 @@ def _reaches(table: LatencyTable) -> dict[str, Reach]:
             (failed if entry.median_ms is None else fitted).append(point)
         reaches[name] = Reach(fitted, failed)
     return reaches
+
+
+def _overhead(kind: ReductionKind, points: Mapping[tuple[int, int], float]) -> Surface | PairCurve:
+    """What a reduction takes beyond its halves, by tokens entering and leaving."""
+    if not kind.masks_attention:
+        return Surface(points)
+    # A mask has an element for each pair of tokens: of those that stay where connections are chosen, which takes most.
+    # With one share removed for all (compiled tables), counts that enter cannot tell 197 -> 183 tokens from 197 -> 39.
+    return PairCurve(points) if has_one_share(points) else Surface(points, power=2)
 
 
 def _curve(points: Mapping[tuple[int, int], float]) -> Curve:

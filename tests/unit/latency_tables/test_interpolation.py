@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latency_tables.interpolation import Curve, Surface
+from latency_tables.interpolation import Curve, PairCurve, Surface, has_one_share
 
 values = st.floats(0.0, 1e4)
 points = st.dictionaries(st.integers(1, 500), values, min_size=1, max_size=12)
@@ -57,3 +57,18 @@ def test_a_single_row_is_scaled_in_proportion_to_its_tokens() -> None:
     assert surface(50, 45) == pytest.approx(1.0)
     assert surface(200, 100) == pytest.approx(8.0)
     assert surface(50, 35) == pytest.approx(1.5)  # Share removed 0.3, half-way.
+
+
+def test_a_curve_of_pairs_goes_by_the_square_of_the_tokens_left() -> None:
+    curve = PairCurve({(20, 10): 1.0, (100, 50): 25.0})
+    assert curve(20, 10) == 1.0 and curve(100, 50) == 25.0
+    assert curve(100, 30) == curve(31, 30) == pytest.approx(9.0)
+    assert curve(100, 90) == pytest.approx(81.0)  # beyond: as between the last two
+    assert curve(100, 5) == 1.0
+    assert PairCurve({(20, 10): 25.0, (100, 50): 1.0})(100, 90) == 1.0  # of noise alone
+    assert PairCurve({(100, 50): 5.0})(100, 100) == pytest.approx(20.0)
+
+
+def test_one_share_is_one_count_left_for_each_that_enters() -> None:
+    assert has_one_share({(20, 14): 1.0, (197, 138): 2.0})
+    assert not has_one_share({(20, 14): 1.0, (197, 138): 2.0, (197, 109): 2.0})

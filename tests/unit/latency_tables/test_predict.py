@@ -234,6 +234,19 @@ def test_masked_connections_cost_attention_in_the_blocks_that_follow() -> None:
     assert predict(learned_table(), config_of("trilevel", site)) == predict(TABLE, config_of("evit", site))
 
 
+def test_masking_costs_the_square_of_the_tokens_left_where_one_share_was_measured() -> None:
+    rows = {(17, 13): 1.69, (9, 6): 0.36}  # 0.01 ms a pair.
+    masks = [
+        entry("block.trilevel.prune:connections", t_in, t_out, 2.0 * t_in + 3.0 * t_out + ms)
+        for (t_in, t_out), ms in rows.items()
+    ]
+    table = simple_table(entries=[*TABLE.entries, *masks])
+    for tokens in (9, 16):
+        site = {"block": 0, "op": "prune", "tokens": tokens - 1}
+        masked = predict(table, config_of("trilevel", site, attn_ratio=0.5))
+        assert masked.blocks[0].reduction_ms == pytest.approx(0.01 * tokens**2)
+
+
 def test_a_table_from_before_learned_methods_names_what_it_lacks() -> None:
     select = {"block": 0, "op": "select", "tokens": 8}
     for method in ("dynamicvit", "spvit"):
