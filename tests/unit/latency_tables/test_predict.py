@@ -139,7 +139,7 @@ def test_an_operation_that_was_not_measured_is_refused_by_name() -> None:
 
 
 def learned_table(**changes: Any) -> LatencyTable:
-    """`simple_table` and 7 ms for a selection, 9 ms for masking connections, 0.5 ms a token for their mask."""
+    """`simple_table` and 7 ms for a selection, 9 for masking connections, 0.03 a pair of tokens for their mask."""
     points = ((17, 15), (17, 9), (9, 8), (9, 5))
     selections = [
         entry(f"block.{kind}", t_in, t_out, 2.0 * t_out + 3.0 * t_out + 7.0)  # The attention sees t_out tokens.
@@ -147,9 +147,10 @@ def learned_table(**changes: Any) -> LatencyTable:
         for t_in, t_out in points
     ]
     masks = [
-        entry("block.trilevel.prune:connections", t_in, t_out, 2.5 * t_in + 3.0 * t_out + 9.0) for t_in, t_out in points
+        entry("block.trilevel.prune:connections", t_in, t_out, 2.0 * t_in + 0.03 * t_in**2 + 3.0 * t_out + 9.0)
+        for t_in, t_out in points
     ]
-    masked = [entry("attention.masked", at, at, 2.5 * at) for at in (2, 17)]
+    masked = [entry("attention.masked", at, at, 2.0 * at + 0.03 * at**2) for at in (2, 17)]
     sized = [entry("attention.sized", at, at, 2.25 * at) for at in (2, 17)]
     return simple_table(entries=[*TABLE.entries, *selections, *masks, *masked, *sized], **changes)
 
@@ -228,7 +229,7 @@ def test_predictors_are_corrected_with_stem_and_head() -> None:
 def test_masked_connections_cost_attention_in_the_blocks_that_follow() -> None:
     site = {"block": 0, "op": "prune", "tokens": 8}
     masked = predict(learned_table(), config_of("trilevel", site, attn_ratio=0.5))
-    assert [block.attention_ms for block in masked.blocks] == pytest.approx([34.0, 2.5 * 9, 2.5 * 9])
+    assert [block.attention_ms for block in masked.blocks] == pytest.approx([34.0, 18.0 + 2.43, 18.0 + 2.43])
     assert [block.reduction_ms for block in masked.blocks] == pytest.approx([9.0, 0.0, 0.0])
     # Without the attention level it is EViT's pruning.
     assert predict(learned_table(), config_of("trilevel", site)) == predict(TABLE, config_of("evit", site))
