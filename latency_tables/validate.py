@@ -197,6 +197,36 @@ def validate_table(
     return report
 
 
+def predicted_anew(table: LatencyTable) -> LatencyTable:
+    """The table with its validation's measurements set against what this version predicts from it.
+
+    Predictions change as they are mended, measurements do not: a table need not be built again for it.
+
+    Raises:
+        LatencyTableError: If the table was not validated.
+    """
+    report = table.validation
+    if report is None:
+        raise LatencyTableError(f"Table {table.name!r} has no validation; run `prunefront table validate` on it.")
+    points = []
+    for point in report.points:
+        predicted = predict(table, point.config)
+        points.append(
+            point.model_copy(
+                update={"predicted_ms": predicted.latency_ms, "predicted_memory_mib": predicted.peak_memory_mib}
+            )
+        )
+    return table.evolve(
+        validation=report_of(
+            points,
+            dense_predicted_ms=predict_latency_ms(table, PruneConfig(model=table.model, method="hybrid")),
+            seed=report.seed,
+            device=report.device,
+            created_at=report.created_at,
+        )
+    )
+
+
 def report_of(
     points: Sequence[ValidationPoint], *, dense_predicted_ms: float, seed: int, device: DeviceInfo, created_at: datetime
 ) -> ValidationReport:

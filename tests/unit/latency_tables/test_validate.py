@@ -4,10 +4,11 @@ from datetime import UTC, datetime
 
 import pytest
 
+from latency_tables.errors import LatencyTableError
 from latency_tables.schema import ValidationPoint, ValidationReport
-from latency_tables.validate import report_of
+from latency_tables.validate import predicted_anew, report_of
 from prunefront.config import PruneConfig
-from tests.unit.latency_tables.fakes import DEVICE, TINY
+from tests.unit.latency_tables.fakes import DEVICE, TINY, simple_table
 
 CONFIG = PruneConfig(model=TINY, method="hybrid")
 
@@ -64,3 +65,24 @@ def test_schedules_measured_twice_tell_how_far_measuring_differs_from_itself() -
     # The dense model met two speeds: 12 ms in three runs, as is the median of the first runs, and 15 in the fourth.
     assert found.dense_ms == 12.0 and found.dense_drift == pytest.approx(3.0 / 12.0)
     assert report((6.0, 6.0, 12.0)).remeasured_mape is None
+
+
+def test_measurements_are_set_against_what_a_table_predicts_now() -> None:
+    # `simple_table` predicts 5 + 3 blocks x 17 tokens x 5 + 1 = 261 ms for the dense model, whoever said 12 before.
+    point = ValidationPoint(
+        config=CONFIG, predicted_ms=12.0, measured_ms=290.0, iqr_ms=0.1, dense_ms=290.0, again_ms=319.0,
+        again_dense_ms=290.0,
+    )  # fmt: skip
+    before = report_of(
+        [point], dense_predicted_ms=12.0, seed=7, device=DEVICE, created_at=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    found = predicted_anew(simple_table(validation=before)).validation
+    assert found is not None and found.points[0].predicted_ms == found.dense_predicted_ms == pytest.approx(261.0)
+    assert found.mape == pytest.approx(0.1) and found.speedup_mape == pytest.approx(0.0)
+    assert found.remeasured_mape == before.remeasured_mape and found.points[0].measured_ms == 290.0
+    assert (found.seed, found.created_at) == (7, before.created_at)
+
+
+def test_a_table_without_validation_has_nothing_to_be_set_against() -> None:
+    with pytest.raises(LatencyTableError, match="has no validation; run `prunefront table validate`"):
+        predicted_anew(simple_table())
