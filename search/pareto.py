@@ -113,7 +113,7 @@ def build_front(
         notes.append("Dense wins here: no measured candidate is faster.")
     winners = [p.label for p in front if p.origin in ("resolution", "sibling")]
     if winners:
-        notes.append(f"Without any token reduction, {', '.join(winners)} is on the front.")
+        notes.append(f"On the front without any token reduction: {', '.join(winners)}.")
     untuned = (job.result or {}).get("untuned")
     if untuned:
         notes.append(untuned)

@@ -130,9 +130,10 @@ def test_search_images_never_become_a_configs_result() -> None:
 def test_published_schedules_and_resolutions_are_marks() -> None:
     mark = candidate(1, [evaluation(0.90)], [measured(60.0)], origin="published")
     smaller = replace(candidate(2, [evaluation(0.94)], [measured(55.0)], origin="resolution"), label="dense at 32 px")
-    front = front_of(mark, smaller)
-    assert [p.trial for p in front.marks] == [1, 2]
-    assert any("dense at 32 px" in note for note in front.notes)
+    smallest = replace(candidate(3, [evaluation(0.5)], [measured(30.0)], origin="resolution"), label="dense at 24 px")
+    front = front_of(mark, smaller, smallest)
+    assert [p.trial for p in front.marks] == [1, 2, 3]
+    assert "On the front without any token reduction: dense at 24 px, dense at 32 px." in front.notes
 
 
 def test_another_devices_measurements_do_not_count() -> None:
