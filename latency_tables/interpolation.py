@@ -7,14 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 class Curve:
-    """A value by token count; constant beyond its ends (callers refuse counts that were not measured)."""
+    """A value by token count; constant beyond its ends (callers refuse counts that were not measured).
 
-    def __init__(self, points: Mapping[int, float]) -> None:
+    Args:
+        points: By tokens.
+        power: Of the tokens, with which the value grows between points.
+    """
+
+    def __init__(self, points: Mapping[int, float], *, power: int = 1) -> None:
         self.tokens: tuple[int, ...] = tuple(sorted(points))
         self.values: tuple[float, ...] = tuple(points[at] for at in self.tokens)
+        self._power = power
+        self._places = tuple(at**power for at in self.tokens)
 
     def __call__(self, tokens: float) -> float:
-        return interpolate(self.tokens, self.values, tokens)
+        return interpolate(self._places, self.values, tokens**self._power)
 
 
 class Surface:

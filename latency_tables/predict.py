@@ -123,7 +123,9 @@ class Predictor:
         # Sizes and masks cost a bias in attention, which has an element for each pair of tokens: the extra is
         # interpolated by their square, and few token counts are enough for it.
         self._bias_extra = {
-            name: Curve({at**2: ms - self._attention(at) for (at, _), ms in groups.get(name, {}).items()} or {0: 0.0})
+            name: Curve(
+                {at: ms - self._attention(at) for (at, _), ms in groups.get(name, {}).items()} or {0: 0.0}, power=2
+            )
             for name in (SIZED_ATTENTION, MASKED_ATTENTION)
         }
         self._memory = MemoryLookup.of(table)
@@ -168,7 +170,7 @@ class Predictor:
             bias = MASKED_ATTENTION if masked else SIZED_ATTENTION if sized and proportional else None
             if bias is not None:
                 self._require_room(f"Block {block.index}", bias, block.tokens_in)
-                attention += self._bias_extra[bias](block.tokens_in**2)
+                attention += self._bias_extra[bias](block.tokens_in)
             reduction, entry, has_predictor = 0.0, None, False
             if block.steps:
                 kind = kind_name(schedule.method, options, block.steps)
@@ -252,7 +254,7 @@ class Predictor:
     def _halves_ms(self, kind: ReductionKind, tokens_in: int, tokens_out: int) -> float:
         """What both halves take of a measured block that reduces."""
         attended = kind.tokens_attended(tokens_in, tokens_out)
-        mask = self._bias_extra[MASKED_ATTENTION](attended**2) if kind.masks_attention else 0.0
+        mask = self._bias_extra[MASKED_ATTENTION](attended) if kind.masks_attention else 0.0
         return self._attention(attended) + mask + self._mlp(tokens_out)
 
     def _reduction_ms(self, kinds: Sequence[str], block: BlockSchedule) -> float:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,18 +209,12 @@ def predicted_anew(table: LatencyTable) -> LatencyTable:
     report = table.validation
     if report is None:
         raise LatencyTableError(f"Table {table.name!r} has no validation; run `prunefront table validate` on it.")
-    points = []
-    for point in report.points:
-        predicted = predict(table, point.config)
-        points.append(
-            point.model_copy(
-                update={"predicted_ms": predicted.latency_ms, "predicted_memory_mib": predicted.peak_memory_mib}
-            )
-        )
+    points = [point.model_copy(update=_predicted(table, point.config)) for point in report.points]
+    spec = points[0].config.model  # Of the same blocks as the table's, perhaps another.
     return table.evolve(
         validation=report_of(
             points,
-            dense_predicted_ms=predict_latency_ms(table, PruneConfig(model=table.model, method="hybrid")),
+            dense_predicted_ms=predict_latency_ms(table, PruneConfig(model=spec, method="hybrid")),
             seed=report.seed,
             device=report.device,
             created_at=report.created_at,
@@ -305,10 +300,8 @@ def kendall_tau(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
 def _point(
     table: LatencyTable, config: PruneConfig, measured: Measurement, again: Measurement | None
 ) -> ValidationPoint:
-    predicted = predict(table, config)
     return ValidationPoint(
         config=config,
-        predicted_ms=predicted.latency_ms,
         measured_ms=measured.median_ms,
         iqr_ms=measured.iqr_ms,
         # The canary was sampled more often than the dense model as one of ten, and in every attempt.
@@ -316,9 +309,15 @@ def _point(
         again_ms=None if again is None else again.median_ms,
         again_dense_ms=None if again is None else again.canary_ms,
         state=measured.state,
-        predicted_memory_mib=predicted.peak_memory_mib,
         measured_memory_mib=measured.peak_memory_mib,
+        **_predicted(table, config),
     )
+
+
+def _predicted(table: LatencyTable, config: PruneConfig) -> dict[str, Any]:
+    """What a point tells of the table."""
+    predicted = predict(table, config)
+    return {"predicted_ms": predicted.latency_ms, "predicted_memory_mib": predicted.peak_memory_mib}
 
 
 def _shifted(progress: Progress | None, start: int, count: int, total: int) -> Progress | None:

@@ -30,6 +30,12 @@ def test_curve_of_rising_points_rises(rising: list[float], first: int, second: i
     assert curve(low) <= curve(high) + 1e-9
 
 
+def test_curve_of_what_grows_with_the_square_of_tokens() -> None:
+    curve = Curve({10: 1.0, 20: 4.0}, power=2)
+    assert curve(10) == 1.0 and curve(20) == 4.0 and curve(30) == 4.0
+    assert curve(15) == pytest.approx(2.25)
+
+
 @given(st.dictionaries(st.tuples(st.integers(10, 200), st.integers(1, 9)), values, min_size=1, max_size=12))
 def test_surface_is_exact_on_measured_points(measured: dict[tuple[int, int], float]) -> None:
     surface = Surface(measured)

@@ -83,6 +83,19 @@ def test_measurements_are_set_against_what_a_table_predicts_now() -> None:
     assert (found.seed, found.created_at) == (7, before.created_at)
 
 
+def test_the_dense_model_that_was_validated_is_predicted_anew_not_the_tables() -> None:
+    deeper = TINY.model_copy(update={"kwargs": {**TINY.kwargs, "depth": 6}})
+    point = ValidationPoint(
+        config=PruneConfig(model=deeper, method="hybrid"), predicted_ms=1.0, measured_ms=2.0, iqr_ms=0.1, dense_ms=2.0
+    )
+    before = report_of(
+        [point], dense_predicted_ms=1.0, seed=0, device=DEVICE, created_at=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    found = predicted_anew(simple_table(validation=before)).validation
+    assert found is not None and found.dense_predicted_ms == pytest.approx(5.0 + 6 * 17 * 5.0 + 1.0)
+    assert found.speedup_mape == pytest.approx(0.0)
+
+
 def test_a_table_without_validation_has_nothing_to_be_set_against() -> None:
     with pytest.raises(LatencyTableError, match="has no validation; run `prunefront table validate`"):
         predicted_anew(simple_table())
