@@ -138,6 +138,25 @@ def test_linear_layers_of_compiled_models_run_by_the_library_that_is_fastest_on_
     assert other not in code
 
 
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("has_avx512", [True, False])
+def test_gelu_of_compiled_models_is_a_part_of_the_linear_layer_only_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, has_avx512: bool
+) -> None:
+    monkeypatch.setattr(runtimes, "cpu_info", {"vendor_id": "AuthenticAMD"}.__getitem__)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 80), nn.GELU(), nn.Linear(80, 48)).eval()
+    x = torch.randn(7, 48)
+    with torch.inference_mode():
+        logits, code = run_and_get_cpp_code(CompiledForward(model, CPU), x)
+        torch.testing.assert_close(logits, model(x), atol=1e-5, rtol=1e-5)
+    assert ('"gelu"' in code) == has_avx512
+    assert (".erf()" in code) == (not has_avx512)
+    assert torch._inductor.config.post_grad_custom_pre_pass is None
+
+
 def test_a_model_whose_counts_depend_on_the_images_is_not_compiled() -> None:
     model = prunefront.create_model(
         {
