@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     own = sorted(os.sched_getaffinity(0))[number::count]
     if own:
         os.sched_setaffinity(0, own)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse tests of one id: of those, several test processes run only one, and say nothing of the others."""
+    ids = Counter(item.nodeid for item in session.items)
+    if repeated := [name for name, count in ids.items() if count > 1]:
+        raise pytest.UsageError(f"Every test needs an id of its own, but these share one: {', '.join(repeated)}.")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
